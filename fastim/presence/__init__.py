@@ -1,0 +1,1 @@
+"""Who is attached where, right now: the port (base) and its backends."""
