@@ -1,0 +1,1 @@
+"""Vendor push: the port (base) and its vendors."""
