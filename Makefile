@@ -1,0 +1,69 @@
+# Assumes Python 3.11, gcc and make. Everything else comes into .venv.
+PYTHON   ?= python3
+MESSAGES ?= 100000
+KILLS    ?= 20
+SEEDS    ?= 200
+
+BIN     := .venv/bin
+CORE    := $(wildcard fastim/_core/*.pyx fastim/_core/*.pxd)
+STUBS    = $(patsubst fastim/_core/%.pyx,fastim._core.%,$(wildcard fastim/_core/*.pyx))
+LINTED  := setup.py fastim tests $(wildcard bench loadtest)
+CORE_TESTS := tests/unit tests/property
+
+.PHONY: venv serve test lint fmt types pytest debug asan kill sim clean
+
+venv: .venv/built
+
+.venv/installed: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > .venv/build-requires.txt
+	$(BIN)/pip install --quiet wheel -r .venv/build-requires.txt
+	FASTIM_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[cluster,dev]'
+	touch $@
+
+.venv/built: .venv/installed $(CORE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+serve: venv
+	$(BIN)/fastim serve --dev
+
+test: lint types pytest debug
+
+lint: venv
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+
+fmt: venv
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+types: venv
+	$(BIN)/mypy
+	$(if $(STUBS),$(BIN)/stubtest --concise $(STUBS))
+
+pytest: venv
+	$(BIN)/pytest
+
+# The core's tests again, with bounds checks, overflow checks and live-object counters.
+debug: venv
+	FASTIM_BUILD=debug $(BIN)/python setup.py --quiet build
+	FASTIM_BUILD=debug PYTHONPATH=build/debug/lib $(BIN)/pytest $(CORE_TESTS)
+
+# And under AddressSanitizer and UBSan. Leaks are left to the counters: CPython's own statics are never freed.
+asan: venv
+	FASTIM_BUILD=asan $(BIN)/python setup.py --quiet build
+	FASTIM_BUILD=asan PYTHONPATH=build/asan/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(BIN)/pytest $(CORE_TESTS)
+
+kill: venv
+	$(BIN)/python -m tests.kill.run --messages $(MESSAGES) --kills $(KILLS)
+
+sim: venv
+	$(BIN)/python -m tests.simulation.run --seeds $(SEEDS)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f fastim/_core/*.so fastim/_core/*.c
+	find fastim tests -name __pycache__ -type d -prune -exec rm -rf {} +

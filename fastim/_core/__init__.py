@@ -1,0 +1,8 @@
+"""The compiled core: knows bytes, time and slots; no asyncio, no logging.
+
+frame   the hot half of the wire codec
+wheel   who has been silent for too long
+acks    what was sent and is not acknowledged
+
+Every module has DEBUG (built with checks and counters) and live() (what is allocated now; all zero unless DEBUG).
+"""

@@ -1,0 +1,108 @@
+"""What every test gets: a loop that forgives nothing, and a core that must be empty afterwards.
+
+`async def` tests and the fixture `run(coro)` use a fresh uvloop. The test fails when the loop's exception handler
+was called or a task outlives its test. On a debug build it also fails when a core object outlives its test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import inspect
+import os
+import pkgutil
+import shutil
+from collections.abc import Callable, Coroutine, Iterator
+from types import ModuleType
+from typing import Any, TypeVar
+
+import pytest
+import uvloop
+
+import fastim._core
+
+T = TypeVar("T")
+
+
+def _core_modules() -> list[ModuleType]:
+    names = [module.name for module in pkgutil.iter_modules(fastim._core.__path__)]
+    return [importlib.import_module(f"fastim._core.{name}") for name in names]
+
+
+CORE = _core_modules()
+
+
+def pytest_configure() -> None:
+    """Refuse to test one flavour of the core while another was asked for (see setup.py)."""
+    checked = os.environ.get("FASTIM_BUILD", "release") != "release"
+    wrong = [module.__file__ for module in CORE if module.DEBUG != checked]
+    if "FASTIM_BUILD" in os.environ and wrong:
+        raise pytest.UsageError(f"FASTIM_BUILD={os.environ['FASTIM_BUILD']}, but imported: {wrong}")
+
+
+def live_core_objects() -> dict[str, int]:
+    """Counters of the core that are not zero; always empty on a release build."""
+    return {
+        f"{module.__name__}.{name}": count
+        for module in CORE
+        for name, count in module.live().items()
+        if count
+    }
+
+
+@pytest.fixture(autouse=True)
+def core_is_empty_afterwards() -> Iterator[None]:
+    yield
+    if live_core_objects():
+        gc.collect()
+    assert live_core_objects() == {}, "core objects outlived the test"
+
+
+def run_on_fresh_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run to the end; raise AssertionError for a called exception handler or a leaked task."""
+    unhandled: list[dict[str, Any]] = []
+    leaked: set[asyncio.Task[Any]] = set()
+
+    async def watched() -> T:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: unhandled.append(context))
+        try:
+            return await main
+        finally:
+            leaked.update(asyncio.all_tasks() - {asyncio.current_task()})  # type: ignore[arg-type]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        result = runner.run(watched())
+    gc.collect()  # a future dropped with its exception reports only when it dies
+    assert not leaked, f"tasks outlived the test: {sorted(task.get_name() for task in leaked)}"
+    assert not unhandled, f"the loop's exception handler was called: {unhandled}"
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    run_on_fresh_loop(pyfuncitem.obj(**arguments))
+    return True
+
+
+@pytest.fixture
+def run() -> Callable[[Coroutine[Any, Any, T]], T]:
+    return run_on_fresh_loop
+
+
+@pytest.fixture
+def need() -> Callable[..., None]:
+    """need("strace"), need("kafka", present=False): skip when absent, fail when FASTIM_REQUIRE names it."""
+
+    def check(name: str, *, present: bool | None = None) -> None:
+        if shutil.which(name) is not None if present is None else present:
+            return
+        if name in os.environ.get("FASTIM_REQUIRE", "").split(","):
+            pytest.fail(f"{name} is required (FASTIM_REQUIRE) and was not found")
+        pytest.skip(f"{name} was not found")
+
+    return check
