@@ -5,10 +5,12 @@
     x-fastim-timestamp: <unix seconds>
     x-fastim-signature: sha256=<hex of HMAC-SHA256(secret, timestamp "." body)>
 
-    {"notifications": [{"push_id", "user", "conv", "msg_id", "sender", "preview", "badge", "pending", "expires_ms"}]}
+    {"notifications": [{"push_id", "user", "conv", "msg_id", "sender", "preview", "badge", "pending",
+                        "expires_ms"}]}
 
 Answers, for the whole request:
- 2xx                        OK, or per item: {"results": [{"outcome": "ok" | "gone" | "retry", "retry_after_ms"?}]}
+ 2xx                        OK; or per item, in order:
+                            {"results": [{"outcome": "ok" | "gone" | "retry", "retry_after_ms"?}]}
  404, 410                   GONE
  any other, or no answer    RETRY, after Retry-After if that is given; the caller bounds the attempts
 

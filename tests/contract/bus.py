@@ -117,6 +117,7 @@ class BusContract:
             second = bus.reader(topic, "g", max_unsettled=1000)
             await bus.publish([Outgoing(topic, f"k{n}", str(n).encode()) for n in range(200)])
             got: list[str] = []
+            complete = asyncio.Event()
 
             async def collect(reader: Reader) -> None:
                 while True:
@@ -124,11 +125,11 @@ class BusContract:
                     got.extend(values(records))
                     for record in records:
                         reader.settle(record)
+                    if len(got) >= 200:
+                        complete.set()
 
             tasks = [asyncio.ensure_future(collect(reader)) for reader in (first, second)]
-            async with asyncio.timeout(_READ_S):
-                while len(got) < 200:
-                    await asyncio.sleep(0.01)
+            await asyncio.wait_for(complete.wait(), _READ_S)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

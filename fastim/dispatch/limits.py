@@ -1,0 +1,54 @@
+"""Every number of dispatch, with its default. The configuration builds one of these."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Times are milliseconds."""
+
+    submit_partitions: int = 1
+    undelivered_partitions: int = 1
+    batch_records: int = 512
+    """Records of `submit` that become one store transaction."""
+    max_unsettled: int = 4_096
+
+    store_patience_ms: int = 5_000
+    """How long a batch waits for a store that is away before its senders are refused."""
+    bus_patience_ms: int = 2_000
+    """How long a publish is tried again before due rows take over."""
+    retry_first_ms: int = 20
+    retry_most_ms: int = 1_000
+    unavailable_retry_ms: int = 2_000
+    """retry_after_ms of an `unavailable` refusal, before jitter."""
+
+    backoff_ms: tuple[int, ...] = (1_000, 2_000, 4_000, 8_000, 16_000, 30_000)
+    """From one firing of a due row to the next; one firing more than entries parks."""
+    backoff_jitter: float = 0.2
+    first_due_ms: int = 1_000
+    """First firing of a due row that dispatch itself asks for."""
+    due_poll_ms: int = 250
+    due_claim_ms: int = 10_000
+    due_batch: int = 256
+
+    reconnect_window_ms: int = 20_000
+    """After a start: due rows wait for it, and no vendor push leaves before its end."""
+    recover_batch: int = 2_000
+    """Due rows per transaction of the recovery."""
+    mark_interval_ms: int = 500
+    """How often the settled mark moves; 0: never (the bus itself is durable)."""
+
+    push_collapse_ms: int = 10_000
+    push_claim_ms: int = 30_000
+    push_batch: int = 100
+    push_deadline_ms: int = 10_000
+    push_backoff_first_ms: int = 2_000
+    push_backoff_most_ms: int = 300_000
+    push_attempts: int = 10
+    """After so many RETRY outcomes a notification is given up; the message stays parked."""
+    push_preview_chars: int = 80
+    """0: notifications never show text."""
+
+    stop_ms: int = 10_000
+    """The longest stop() waits for the batch in hand."""
