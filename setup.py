@@ -97,7 +97,13 @@ class BuildCore(build_ext):
             self.extensions,
             build_dir=str(build / "c"),
             force=recipe_changed,
-            compiler_directives={"language_level": 3, **directives},
+            # No class of the core can be pickled, and there are no doctests to collect.
+            compiler_directives={
+                "language_level": 3,
+                "auto_pickle": False,
+                "autotestdict": False,
+                **directives,
+            },
         )
         for extension, c in zip(self.extensions, translated, strict=True):
             extension.sources = c.sources

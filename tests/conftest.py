@@ -1,7 +1,7 @@
 """What every test gets: a loop that forgives nothing, and a core that must be empty afterwards.
 
-`async def` tests and the fixture `run(coro)` use a fresh uvloop. The test fails when the loop's exception handler
-was called or a task outlives its test. On a debug build it also fails when a core object outlives its test.
+`async def` tests and the fixture `run(coro)` use a fresh uvloop. The test fails when the loop's exception
+handler was called or a task outlives its test. On a debug build it also fails when a core object does.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ import fastim._core
 T = TypeVar("T")
 
 
-def _core_modules() -> list[ModuleType]:
+def counting_core_modules() -> list[ModuleType]:
+    """The extensions of the core that count their live objects."""
     names = [module.name for module in pkgutil.iter_modules(fastim._core.__path__)]
-    return [importlib.import_module(f"fastim._core.{name}") for name in names]
+    modules = [importlib.import_module(f"fastim._core.{name}") for name in names]
+    return [module for module in modules if hasattr(module, "live")]
 
 
-CORE = _core_modules()
+CORE = counting_core_modules()
 
 
 def pytest_configure() -> None:
     """Refuse to test one flavour of the core while another was asked for (see setup.py)."""
-    checked = os.environ.get("FASTIM_BUILD", "release") != "release"
-    wrong = [module.__file__ for module in CORE if module.DEBUG != checked]
-    if "FASTIM_BUILD" in os.environ and wrong:
-        raise pytest.UsageError(f"FASTIM_BUILD={os.environ['FASTIM_BUILD']}, but imported: {wrong}")
+    asked = os.environ.get("FASTIM_BUILD")
+    if asked is None:
+        return
+    wrong = [module.__file__ for module in CORE if module.DEBUG is (asked == "release")]
+    if wrong or not CORE:
+        raise pytest.UsageError(f"FASTIM_BUILD={asked}, but imported: {wrong or fastim.__file__}")
 
 
 def live_core_objects() -> dict[str, int]:
     """Counters of the core that are not zero; always empty on a release build."""
-    return {
-        f"{module.__name__}.{name}": count
-        for module in CORE
-        for name, count in module.live().items()
-        if count
-    }
+    counts = {f"{core.__name__}.{name}": count for core in CORE for name, count in core.live().items()}
+    return {name: count for name, count in counts.items() if count != 0}
 
 
 @pytest.fixture(autouse=True)

@@ -89,12 +89,10 @@ def route(
         obliged = len(item.members) - (sender in item.members)
         plan.obligations += obliged * len(messages)
         live = messages
-        if any(is_expired(message.loss_time_ms, now_ms) for message in messages):
-            live = [message for message in messages if not is_expired(message.loss_time_ms, now_ms)]
-            plan.expired += obliged * (len(messages) - len(live))
-            for user in item.members:
-                if user != sender:
-                    plan.ask_due(user, conv, first, now_ms, urgent=True)
+        for message in messages:
+            if message.loss_time_ms and is_expired(message.loss_time_ms, now_ms):
+                live = _expire(plan, item, now_ms)
+                break
         if located is None:
             for user in item.members:
                 if user != sender:
@@ -114,6 +112,17 @@ def route(
         if nodes and live:
             _deliver(plan.delivers, topics, submit, live, nodes)
     return plan
+
+
+def _expire(plan: Plan, item: Routable, now_ms: int) -> list[Message]:
+    """Leave the expired to the store. Returns the others."""
+    submit, messages = item.submit, item.messages
+    live = [message for message in messages if not is_expired(message.loss_time_ms, now_ms)]
+    for user in item.members:
+        if user != submit.sender:
+            plan.expired += len(messages) - len(live)
+            plan.ask_due(user, submit.conv, messages[0].seq, now_ms, urgent=True)
+    return live
 
 
 def _add_nodes(

@@ -32,6 +32,8 @@ class Dispatch:
 
     holder   names this dispatcher in claims; unique among the dispatchers of one store
     on_fatal called once, on the loop, with the error that ended a task; what was in hand stays unsettled
+
+    The parts are public so that a test can turn them step by step.
     """
 
     def __init__(
@@ -53,12 +55,12 @@ class Dispatch:
         self._bus = bus
         self._clock = clock
         self._on_fatal = on_fatal
-        self._patience = patience = Patience(limits, rng)
-        self._router = router = Router(bus, presence, clock, limits, patience, flows)
-        self._mark = SettledMark(store, bus, clock, limits, patience, flows, holder)
-        self._worker = SubmitWorker(store, router, self._mark, kinds, clock, limits, patience, flows, holder)
-        self._due = DueLoop(store, router, clock, rng, limits, patience, flows, holder)
-        self._push = PushLoop(store, vendors, kinds, clock, rng, limits, patience, flows, holder)
+        self.patience = patience = Patience(limits, rng)
+        self.router = router = Router(bus, presence, clock, limits, patience, flows)
+        self.mark = SettledMark(store, bus, clock, limits, patience, flows, holder)
+        self.worker = SubmitWorker(store, router, self.mark, kinds, clock, limits, patience, flows, holder)
+        self.due = DueLoop(store, router, clock, rng, limits, patience, flows, holder)
+        self.push = PushLoop(store, vendors, kinds, clock, rng, limits, patience, flows, holder)
         self._intakes: list[Intake] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: BaseException | None = None
@@ -66,29 +68,29 @@ class Dispatch:
     @property
     def ready(self) -> bool:
         """Recovered, taking sends, and every task alive."""
-        return bool(self._tasks) and not self._patience.stopping and self._failed is None
+        return bool(self._tasks) and not self.patience.stopping and self._failed is None
 
     async def start(self) -> None:
         """Recover, then take sends. Raises StoreUnavailable, BusUnavailable."""
-        if self._tasks or self._patience.stopping:
+        if self._tasks or self.patience.stopping:
             raise UsageError("a Dispatch starts once")
         limits = self.limits
         await self._bus.ensure(SUBMIT, limits.submit_partitions)
         await self._bus.ensure(UNDELIVERED, limits.undelivered_partitions)
-        if limits.mark_interval_ms and await self._mark.recover():
-            self._router.hold_push_until_ms = self._clock.wall_ms() + limits.reconnect_window_ms
-        submit, undelivered = self._intakes = [self._intake(SUBMIT), self._intake(UNDELIVERED)]
-        self._spawn("submit", self._worker.run(submit))
-        self._spawn("undelivered", self._due.run_undelivered(undelivered))
-        self._spawn("due", self._due.run())
-        self._spawn("push", self._push.run())
+        if limits.mark_interval_ms and await self.mark.recover():
+            self.router.hold_push_until_ms = self._clock.wall_ms() + limits.reconnect_window_ms
+        submit, undelivered = self._intakes = [self.intake(SUBMIT), self.intake(UNDELIVERED)]
+        self._spawn("submit", self.worker.run(submit))
+        self._spawn("undelivered", self.due.run_undelivered(undelivered))
+        self._spawn("due", self.due.run())
+        self._spawn("push", self.push.run())
         if limits.mark_interval_ms:
-            self._spawn("mark", self._mark.run())
+            self._spawn("mark", self.mark.run())
 
     async def stop(self) -> None:
         """Finish the batch in hand and end. Start nothing new; safe to call twice."""
-        self._patience.stop()
-        self._due.wake()
+        self.patience.stop()
+        self.due.wake()
         for intake in self._intakes:
             await intake.end_wait()
         if self._tasks:
@@ -101,11 +103,12 @@ class Dispatch:
     async def move_mark(self) -> None:
         """Move the settled mark once more: after the nodes of this process have flushed and closed."""
         if self.limits.mark_interval_ms and self._failed is None:
-            await self._mark.advance()
+            await self.mark.advance()
 
-    def _intake(self, topic: str) -> Intake:
+    def intake(self, topic: str) -> Intake:
+        """Join dispatch's group on one of its two topics."""
         reader = self._bus.reader(topic, DISPATCH_GROUP, max_unsettled=self.limits.max_unsettled)
-        return Intake(reader, self.limits.batch_records, self._patience)
+        return Intake(reader, self.limits.batch_records, self.patience)
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
         self._tasks.append(asyncio.create_task(self._guard(work), name=f"dispatch.{name}"))

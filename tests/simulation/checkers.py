@@ -230,7 +230,7 @@ def _sender_order(facts: Facts) -> Iterable[str]:
             continue
         key = (sub.sender, sub.device, sub.conv)
         if seq < last.get(key, 0):
-            yield f"order: {sub.sender}/{sub.device} sent {sub.conv}/{seq} after what is stored at {last[key]}"
+            yield f"order: {sub.sender}/{sub.device} sent {sub.conv}/{seq} after what is at {last[key]}"
         last[key] = max(seq, last.get(key, 0))
 
 

@@ -1,0 +1,30 @@
+"""python -m bench road | recovery: see the modules' own words, and results/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bench import recovery, road
+
+COMMANDS = {"road": road, "recovery": recovery}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the real server.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        text = (module.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+    args = parser.parse_args(arguments)
+    return COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

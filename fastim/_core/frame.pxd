@@ -1,0 +1,46 @@
+# The wire codec's C half: split a packet into frames, read ACK, write the head of MSG. See frame.pyx.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+
+
+cdef enum:
+    # Ops that never reach Python; tests/unit/test_frame.py holds them to fastim.protocol.
+    OP_PING = 2
+    OP_ACK = 3
+    OP_MSG = 32
+
+    # Limits; the depth counts the frame's own array.
+    MAX_PACKET_BYTES = 65536
+    MAX_FRAMES = 64
+    MAX_DEPTH = 8
+    MAX_ARRAY = 256
+    MAX_MAP = 64
+    MAX_OP = 127
+
+    # MSG: array16 of 16, op, tag as uint32, dup as bool; the shared tail of 13 elements follows.
+    MSG_ELEMENTS = 16
+    MSG_PREFIX_BYTES = 10
+
+
+ctypedef struct frame_span:
+    int32_t op
+    int32_t start   # of the frame's array header in the packet
+    int32_t end     # one past the frame's last byte
+
+
+cdef int split_c(const uint8_t* p, Py_ssize_t n, frame_span* out, int cap) except -1
+cdef int64_t parse_ack_c(const uint8_t* p, Py_ssize_t n) except -1
+
+
+cdef inline void msg_prefix_c(uint8_t* out, uint32_t tag, bint dup) noexcept nogil:
+    # `out` has room for MSG_PREFIX_BYTES.
+    out[0] = 0xDC
+    out[1] = 0
+    out[2] = MSG_ELEMENTS
+    out[3] = OP_MSG
+    out[4] = 0xCE
+    out[5] = <uint8_t>(tag >> 24)
+    out[6] = <uint8_t>((tag >> 16) & 0xFF)
+    out[7] = <uint8_t>((tag >> 8) & 0xFF)
+    out[8] = <uint8_t>(tag & 0xFF)
+    out[9] = 0xC3 if dup else 0xC2

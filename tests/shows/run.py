@@ -1,0 +1,351 @@
+"""The promises about bad clients, shown on the real server: python -m tests.shows.run [silent mute deadline]
+
+silent    a client whose packets vanish while its socket stays open: undelivered <= 9 s after the write, parked,
+          the vendor called once <= 10 s after the write; after it reconnects each message is shown once, in order
+mute      a client that reads and beats but never acknowledges: 7 firings, then parked, then quiet; again after
+          each of its reconnects. Attempts, frames and the server's CPU over the quiet time are printed
+deadline  lossTime: an expired message is never shown and leaves no hole; 0 is never dropped
+
+Each part starts a server of its own, prints its figures, and fails by exit code. `--quick` shortens the retry
+table of `mute` by ten, so that all three end within 90 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
+
+from bench.server import Server
+from fastim import protocol
+from fastim.store.base import ObligationState
+from tests.faults.proxy import Proxy
+from tests.kill.ledger import metric, server_settings, traced
+from tests.kill.log import ClientLog, wall_ms
+from tests.kill.phone import Phone
+from tests.kill.raw import RawClient
+from tests.kill.vendor import WebhookServer
+
+SECRET = "3b9d60f1c8e2a7459d0b6f3e81c4a72d5e98f0617b3c2da4"
+UNDELIVERED_LIMIT_MS, VENDOR_LIMIT_MS = 9_000, 10_000
+FIRINGS = 7
+QUIET_CPU = 0.05
+"""Share of a core that the server may use while nothing happens, its own timers included."""
+
+
+@dataclass
+class Show:
+    """Figures and failures of one part."""
+
+    name: str
+    failures: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        print(f"{self.name}: {text}", flush=True)
+
+    def check(self, good: bool, text: str) -> None:
+        print(f"{self.name}: {'ok  ' if good else 'FAIL'} {text}", flush=True)
+        if not good:
+            self.failures.append(text)
+
+
+@dataclass
+class Stage:
+    """A server, its vendor, and the phones of one part."""
+
+    server: Server
+    vendor: WebhookServer
+    directory: Path
+    phones: list[Phone] = field(default_factory=list)
+    logs: dict[str, ClientLog] = field(default_factory=dict)
+
+    async def phone(self, user: str, *, port: int = 0) -> Phone:
+        """The SDK on `user`'s only device, connected; the same store and log each time."""
+        log = self.logs.setdefault(user, ClientLog(self.directory, user, "d0"))
+        phone = Phone(
+            self.server, self.server.token(user), "d0", self.directory / f"{user}.db", log, port=port
+        )
+        self.phones.append(phone)
+        await phone.start()
+        if not await until(lambda: phone.connected, 10):
+            raise SystemExit(f"{user} could not connect\n{self.server.log_tail()}")
+        return phone
+
+    def shown(self, user: str, conv: str) -> list[str]:
+        """client_ids on the user's screen in this conversation."""
+        return [seen.client_id for seen in self.logs[user].record.shown if seen.conv == conv]
+
+    async def sent(self, user: str, client_id: str, within_s: float = 10.0) -> tuple[int, int]:
+        """(msg_id, moment of SENT) of a message that `user` handed over."""
+        sub = self.logs[user].record.submitted[client_id]
+        if not await until(lambda: bool(sub.msg_id or sub.refused), within_s) or sub.refused:
+            raise SystemExit(f"{user}'s message was not accepted: {sub}\n{self.server.log_tail()}")
+        return sub.msg_id, sub.sent_ms
+
+
+async def until(condition: Callable[[], bool], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+@contextlib.asynccontextmanager
+async def stage(settings: dict[str, object] | None = None) -> AsyncIterator[Stage]:
+    directory = Path(tempfile.mkdtemp(prefix="fastim-show-"))
+    async with WebhookServer(SECRET.encode()) as vendor:
+        server = Server(directory, server_settings(vendor.url, SECRET, settings))
+        here = Stage(server, vendor, directory)
+        try:
+            await asyncio.to_thread(server.start)
+            yield here
+        finally:
+            for phone in here.phones:
+                await phone.abort()
+            for log in here.logs.values():
+                log.close()
+            await asyncio.to_thread(server.end)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------- silent
+
+
+async def silent(show: Show, _quick: bool) -> None:
+    conv = "p:ann:bob"
+    async with stage() as here, Proxy("127.0.0.1", here.server.ws_port) as proxy:
+        ann = await here.phone("ann")
+        bob = await here.phone("bob", port=proxy.port)
+        first = await ann.send(conv, b"before", 0, 1)
+        await here.sent("ann", first)
+        show.check(
+            await until(lambda: here.shown("bob", conv) == [first], 5), "a message before is shown at once"
+        )
+        await asyncio.sleep(1.0)  # its ack, and the flush of it
+        undelivered = await metric(here.server, "fastim_undelivered_total")
+        proxy.drop()
+        proxy.refused = True
+        lost = [await ann.send(conv, f"into silence {n}".encode(), 0, n) for n in (2, 3, 4)]
+        moments = [await here.sent("ann", client_id) for client_id in lost]
+        written_ms = moments[0][1]
+        moved_ms = 0
+        while wall_ms() < written_ms + UNDELIVERED_LIMIT_MS + 3_000 and not here.vendor.of("bob"):
+            if not moved_ms and await metric(here.server, "fastim_undelivered_total") > undelivered:
+                moved_ms = wall_ms()
+            await asyncio.sleep(0.05)
+        if not moved_ms and await metric(here.server, "fastim_undelivered_total") > undelivered:
+            moved_ms = wall_ms()
+        after_ms = moved_ms - written_ms
+        show.check(0 < after_ms <= UNDELIVERED_LIMIT_MS, f"undelivered {after_ms} ms after the write")
+        await asyncio.sleep(13.0)  # a second call would come at the end of the collapse window
+        calls = here.vendor.of("bob", conv)
+        rang_ms = calls[0].wall_ms - written_ms if calls else -1
+        show.check(len(calls) == 1, f"vendor called {len(calls)} time(s), limit 1, over 13 s")
+        show.check(0 < rang_ms <= VENDOR_LIMIT_MS, f"vendor called {rang_ms} ms after the write")
+        if calls:
+            show.check(calls[0].pending == 3, f"the call says {calls[0].pending} messages wait; 3 do")
+        await bob.abort()
+        proxy.cut()
+        proxy.refused = False
+        back = time.monotonic()
+        await here.phone("bob", port=proxy.port)
+        arrived = await until(lambda: len(here.shown("bob", conv)) >= 4, 10)
+        took = time.monotonic() - back
+        await asyncio.sleep(2.0)
+        screen = here.shown("bob", conv)
+        show.check(arrived and screen == [first, *lost], f"after the reconnect ({took:.2f} s) shown once, in order")
+        await asyncio.sleep(1.5)
+        show.check(len(here.vendor.of("bob")) == len(calls), "no further vendor call")
+        for phone in here.phones:
+            await phone.close()
+        here.phones.clear()
+        show.check(await asyncio.to_thread(here.server.stop) == 0, "the server stops cleanly")
+        for (msg_id, _), number in zip(moments, (2, 3, 4), strict=True):
+            trace = await traced(here.server.data, msg_id)
+            parked = [row.ts_ms - written_ms for row in trace.fates if row.fate == ObligationState.PARKED]
+            states = {ob.user: ob.state.name for ob in trace.obligations}
+            show.check(
+                len(parked) == 1 and states == {"bob": "ACKED"},
+                f"message {number}: parked {parked} ms after the write, now {states}",
+            )
+        code, totals = await asyncio.to_thread(here.server.audit)
+        show.check(code == 0, f"audit ends with {code}: {totals}")
+
+
+# ----------------------------------------------------------------------------------------------- mute
+
+
+async def mute(show: Show, quick: bool) -> None:
+    conv = "p:ann:mum"
+    backoff = [1_000, 2_000, 4_000, 8_000, 16_000, 30_000]
+    if quick:
+        backoff = [ms // 10 for ms in backoff]
+    table_s = sum(backoff) / 1000 * 1.2
+    async with stage({"dispatch": {"backoff_ms": backoff}}) as here:
+        token = here.server.token("mum")
+        async with RawClient("127.0.0.1", here.server.ws_port, token, "d0", ping_s=2.0) as mum:
+            ann = await here.phone("ann")
+            for n in range(3):
+                await here.sent("ann", await ann.send(conv, f"hello {n}".encode(), 0, n))
+            start = time.monotonic()
+            parked = await until(lambda: bool(here.vendor.of("mum")), 8 + 2 + table_s + 10)
+            took = time.monotonic() - start
+            nudges = await metric(here.server, "fastim_nudges_total")
+            # 6 nudges stream the messages again; the 7th firing parks.
+            show.check(parked, f"parked and the vendor called after {took:.1f} s")
+            show.check(nudges == FIRINGS - 1, f"{nudges:.0f} nudges, then parked: {nudges + 1:.0f} firings; 7")
+            show.say(f"{len(mum.messages(conv))} MSG frames for 3 messages, {_dups(mum)} marked dup")
+            await quiet(show, here, mum, conv, "after parking", 6.0 if quick else 20.0)
+        for again in range(1, 4):
+            before = await metric(here.server, "fastim_nudges_total")
+            async with RawClient("127.0.0.1", here.server.ws_port, token, "d0", ping_s=2.0) as mum:
+                calm_s = 8 + 2 + table_s if quick else 8.0
+                cpu = here.server.cpu_s()
+                await asyncio.sleep(calm_s)
+                used = (here.server.cpu_s() - cpu) / calm_s
+                nudges = await metric(here.server, "fastim_nudges_total") - before
+                frames = len(mum.messages(conv))
+                show.check(
+                    nudges < FIRINGS and frames <= 3 * FIRINGS and used <= QUIET_CPU,
+                    f"reconnect {again}: {nudges:.0f} nudges, {frames} MSG frames, {used:.1%} CPU in {calm_s:.0f} s",
+                )
+                if quick:
+                    await quiet(show, here, mum, conv, f"after reconnect {again}", 3.0)
+        await ann.close()
+        here.phones.clear()
+        show.check(await asyncio.to_thread(here.server.stop) == 0, "the server stops cleanly")
+        code, totals = await asyncio.to_thread(here.server.audit)
+        show.check(code == 0, f"audit ends with {code}: {totals}")
+
+
+def _dups(client: RawClient) -> int:
+    return sum(1 for frame in client.messages() if frame.dup)
+
+
+async def quiet(show: Show, here: Stage, client: RawClient, conv: str, when: str, for_s: float) -> None:
+    frames, cpu = len(client.messages(conv)), here.server.cpu_s()
+    await asyncio.sleep(for_s)
+    more, used = len(client.messages(conv)) - frames, (here.server.cpu_s() - cpu) / for_s
+    show.check(
+        more == 0 and used <= QUIET_CPU and not client.close_code,
+        f"quiet {when}: {more} MSG frames, {used:.1%} CPU of one core over {for_s:.0f} s, still connected",
+    )
+
+
+# ------------------------------------------------------------------------------------------- deadline
+
+
+async def deadline(show: Show, _quick: bool) -> None:
+    conv = "p:ann:bob"
+    async with stage() as here, Proxy("127.0.0.1", here.server.ws_port) as proxy:
+        ann = await here.phone("ann")
+        bob = await here.phone("bob", port=proxy.port)
+        await bob.close()
+        await until(lambda: not bob.connected, 5)
+        # Into absence: 60 messages, every third dies before bob is back.
+        kept, dead = [], []
+        for n in range(60):
+            mortal = n % 3 == 2
+            client_id = await ann.send(conv, f"{n}".encode(), wall_ms() + 1_500 if mortal else 0, n)
+            (dead if mortal else kept).append(client_id)
+        for client_id in (*kept, *dead):
+            await here.sent("ann", client_id)
+        past = await ann.send(conv, b"too late", wall_ms() - 1, 60)
+        sub = here.logs["ann"].record.submitted[past]
+        await until(lambda: bool(sub.refused or sub.msg_id), 5)
+        show.check(sub.refused == "expired" and not sub.msg_id, f"a SEND past its deadline: {sub.refused!r}")
+        await asyncio.sleep(2.0)
+        await here.phone("bob", port=proxy.port)
+        await until(lambda: len(here.shown("bob", conv)) >= len(kept), 10)
+        await asyncio.sleep(1.0)
+        screen = here.shown("bob", conv)
+        show.check(
+            screen == kept, f"offline: {len(screen)} of {len(kept)} with lossTime 0 shown in order, 20 expired ones: "
+            f"{len(set(screen) & set(dead))} shown"
+        )  # fmt: skip
+        # Into a stalled socket: written before the deadline, read after it.
+        proxy.stall()
+        stalled = [
+            await ann.send(conv, b"dies on the wire", wall_ms() + 800, 61),
+            await ann.send(conv, b"lives", 0, 62),
+        ]
+        for client_id in stalled:
+            await here.sent("ann", client_id)
+        await asyncio.sleep(1.5)
+        start = time.monotonic()
+        proxy.flow()
+        await until(lambda: stalled[1] in here.shown("bob", conv), 5)
+        took = time.monotonic() - start
+        screen = here.shown("bob", conv)
+        show.check(
+            stalled[0] not in screen and screen[-1:] == [stalled[1]],
+            f"stalled: expired on the wire is not shown, the next one is ({took * 1000:.0f} ms after flow)",
+        )
+        # No hole is left: the next message is shown without a pull.
+        start = time.monotonic()
+        last = await ann.send(conv, b"last", 0, 63)
+        shown = await until(lambda: last in here.shown("bob", conv), 5)
+        took = time.monotonic() - start
+        show.check(shown and took < 0.4, f"no hole: the next message is shown after {took * 1000:.0f} ms")
+        await asyncio.sleep(1.5)
+        for phone in here.phones:
+            await phone.close()
+        here.phones.clear()
+        show.check(await asyncio.to_thread(here.server.stop) == 0, "the server stops cleanly")
+        code, totals = await asyncio.to_thread(here.server.audit)
+        show.check(code == 0, f"audit ends with {code}: {totals}")
+        states = [
+            (await traced(here.server.data, here.logs["ann"].record.submitted[client_id].msg_id))
+            .obligations[0]
+            .state
+            for client_id in dead
+        ]
+        show.check(
+            all(state == ObligationState.EXPIRED for state in states),
+            f"the ledger counts {sum(state == ObligationState.EXPIRED for state in states)} of 20 as expired",
+        )
+
+
+PARTS: dict[str, Callable[[Show, bool], Awaitable[None]]] = {
+    "silent": silent,
+    "mute": mute,
+    "deadline": deadline,
+}
+
+
+async def run_part(name: str, quick: bool) -> list[str]:
+    """The failures of one part."""
+    show = Show(name)
+    start = time.monotonic()
+    await PARTS[name](show, quick)
+    show.say(f"{'failed' if show.failures else 'passed'} in {time.monotonic() - start:.0f} s")
+    return show.failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(arguments)
+    failed = 0
+    for name in args.parts or PARTS:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            failed += bool(runner.run(run_part(name, args.quick)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
