@@ -28,6 +28,7 @@ MAX_SEND_BATCH: Final = 32
 MAX_ACK_IDS: Final = 256
 MAX_MENTIONS: Final = 50
 MAX_HISTORY_LIMIT: Final = 200
+MAX_SIGNAL_BYTES: Final = 1_024
 
 
 class Op(enum.IntEnum):
@@ -80,6 +81,9 @@ class Op(enum.IntEnum):
     REFRESHED = 50
     SEALED_DOWN = 51
     KEYS = 52
+    DONE = 53
+    JOINED = 54
+    SETTING_MARK = 55
 
 
 RESERVED: Final = frozenset(
@@ -88,7 +92,7 @@ RESERVED: Final = frozenset(
         Op.WATCH, Op.UNWATCH, Op.RECEIVED, Op.SEALED, Op.REKEY,
     }
 )  # fmt: skip
-"""Client ops of the vocabulary that answer ERROR("unsupported") until their own feature lands."""
+"""Client ops that are laid out, decoded, and answered ERROR("unsupported") until their own feature lands."""
 
 
 class CloseCode(enum.IntEnum):
@@ -125,13 +129,17 @@ Str64 = Annotated[str, msgspec.Meta(max_length=64)]
 ConvName = Annotated[str, msgspec.Meta(max_length=131)]
 U53 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+ClientId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Token = Annotated[str, msgspec.Meta(max_length=8_192)]
+Mentions = Annotated[list[Str64], msgspec.Meta(max_length=MAX_MENTIONS)]
+Key32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Base of every frame: a positional msgpack array tagged by its op."""
 
 
-class Auth(Frame, tag=int(Op.AUTH)):
+class Auth(Frame, tag=int(Op.AUTH), frozen=True):
     """First frame, within 5 s. `session`, `tag`, `user_cursor` ask to resume ("" and 0: a new session).
 
     user_cursor is the newest LEVEL.user_cursor the client has stored, 0 for none.
@@ -139,7 +147,7 @@ class Auth(Frame, tag=int(Op.AUTH)):
 
     version_min: U32
     version_max: U32
-    token: Annotated[str, msgspec.Meta(max_length=8_192)]
+    token: Token
     device: Str64
     device_class: Annotated[str, msgspec.Meta(max_length=16)] = "app"
     session: Str64 = ""
@@ -148,17 +156,17 @@ class Auth(Frame, tag=int(Op.AUTH)):
     agent: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
 
-class Ping(Frame, tag=int(Op.PING)):
+class Ping(Frame, tag=int(Op.PING), frozen=True):
     """Liveness; answered by PONG."""
 
 
-class Ack(Frame, tag=int(Op.ACK)):
+class Ack(Frame, tag=int(Op.ACK), frozen=True):
     """Everything up to and including `tag` is stored on the client."""
 
     tag: U32
 
 
-class Acks(Frame, tag=int(Op.ACKS)):
+class Acks(Frame, tag=int(Op.ACKS), frozen=True):
     """The listed messages are stored on the client (the design's 回包, one by one)."""
 
     msg_ids: Annotated[list[U53], msgspec.Meta(max_length=MAX_ACK_IDS)]
@@ -167,15 +175,15 @@ class Acks(Frame, tag=int(Op.ACKS)):
 class SendItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One message of a SEND."""
 
-    client_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    client_id: ClientId
     kind: U32
     body: bytes
     loss_time_ms: U53 = 0
     flags: U32 = 0
-    mentions: Annotated[list[Str64], msgspec.Meta(max_length=MAX_MENTIONS)] = []
+    mentions: Mentions = []
 
 
-class Send(Frame, tag=int(Op.SEND)):
+class Send(Frame, tag=int(Op.SEND), frozen=True):
     """1 to 32 messages for one conversation, stored in order: all, or a prefix.
 
     read_seq: the highest seq that the sender's screen had shown; 0 leaves the read mark alone.
@@ -186,7 +194,7 @@ class Send(Frame, tag=int(Op.SEND)):
     read_seq: U53 = 0
 
 
-class Read(Frame, tag=int(Op.READ)):
+class Read(Frame, tag=int(Op.READ), frozen=True):
     """The user has seen everything up to seq. Only moves forward. private: do not tell the peers."""
 
     conv: ConvName
@@ -194,7 +202,7 @@ class Read(Frame, tag=int(Op.READ)):
     private: bool = False
 
 
-class Pull(Frame, tag=int(Op.PULL)):
+class Pull(Frame, tag=int(Op.PULL), frozen=True):
     """The client lacks from_seq..to_seq: answered by tagged MSG and SKIP frames that leave no hole."""
 
     conv: ConvName
@@ -202,7 +210,7 @@ class Pull(Frame, tag=int(Op.PULL)):
     to_seq: U53
 
 
-class History(Frame, tag=int(Op.HISTORY)):
+class History(Frame, tag=int(Op.HISTORY), frozen=True):
     """One page of a conversation, newest first (before_seq) or oldest first (after_seq). 0 = unbounded."""
 
     req: U32
@@ -214,13 +222,13 @@ class History(Frame, tag=int(Op.HISTORY)):
     limit: U32 = 50
 
 
-class Refresh(Frame, tag=int(Op.REFRESH)):
+class Refresh(Frame, tag=int(Op.REFRESH), frozen=True):
     """A newer token for this connection; must name the same user."""
 
-    token: Annotated[str, msgspec.Meta(max_length=8_192)]
+    token: Token
 
 
-class Convs(Frame, tag=int(Op.CONVS)):
+class Convs(Frame, tag=int(Op.CONVS), frozen=True):
     """The conversations that changed after `user_cursor`, as CHANGES pages with this `req`."""
 
     req: U32
@@ -228,16 +236,138 @@ class Convs(Frame, tag=int(Op.CONVS)):
     limit: U32 = 100
 
 
-class Sync(Frame, tag=int(Op.SYNC)):
+class Sync(Frame, tag=int(Op.SYNC), frozen=True):
     """Stream again whatever lies above this device's cursors in conversations changed after user_cursor."""
 
     user_cursor: U53 = 0
 
 
+# -- reserved: laid out now, served by features to come; answered by DONE{req} unless said otherwise.
+
+
+class Join(Frame, tag=int(Op.JOIN), frozen=True):
+    """Enter a room until LEAVE or the end of the connection; answered by JOINED.
+
+    offset and epoch: the last ROOM_MSG seen, to get what the room's ring still holds above it.
+    """
+
+    req: U32
+    room: Str64
+    credential: Token = ""
+    offset: U53 = 0
+    epoch: U32 = 0
+
+
+class Leave(Frame, tag=int(Op.LEAVE), frozen=True):
+    """Leave a room."""
+
+    req: U32
+    room: Str64
+
+
+class Signal(Frame, tag=int(Op.SIGNAL), frozen=True):
+    """Ephemeral: no seq, no store, no ack, no push, gone after 5 s. 1 typing, 2 stopped; from 64: custom."""
+
+    conv: ConvName
+    signal: U32
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_SIGNAL_BYTES)] = b""
+
+
+class Recall(Frame, tag=int(Op.RECALL), frozen=True):
+    """Take back a message of one's own; an event of its own with client_id, answered by SENT."""
+
+    conv: ConvName
+    client_id: ClientId
+    seq: U53
+
+
+class Edit(Frame, tag=int(Op.EDIT), frozen=True):
+    """A new body for a message of one's own; an event of its own, answered by SENT."""
+
+    conv: ConvName
+    client_id: ClientId
+    seq: U53
+    body: bytes
+    mentions: Mentions = []
+
+
+class Delete(Frame, tag=int(Op.DELETE), frozen=True):
+    """for_all: an event of its own, answered by SENT. Otherwise only for this user, on all his devices."""
+
+    req: U32
+    conv: ConvName
+    seqs: Annotated[list[U53], msgspec.Meta(min_length=1, max_length=MAX_ACK_IDS)]
+    for_all: bool = False
+    client_id: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+
+
+class Clear(Frame, tag=int(Op.CLEAR), frozen=True):
+    """Hide the conversation up to seq from this user, on all his devices."""
+
+    req: U32
+    conv: ConvName
+    seq: U53
+
+
+class Setting(Frame, tag=int(Op.SETTING), frozen=True):
+    """A value kept for the user and told to his other devices (drafts, mutes); an empty value removes it."""
+
+    req: U32
+    key: Annotated[str, msgspec.Meta(min_length=1, max_length=160)]
+    value: Annotated[bytes, msgspec.Meta(max_length=4_096)] = b""
+
+
+class Block(Frame, tag=int(Op.BLOCK), frozen=True):
+    """Refuse what `user` sends from now on, or take it again."""
+
+    req: U32
+    user: Str64
+    on: bool
+
+
+class Watch(Frame, tag=int(Op.WATCH), frozen=True):
+    """Tell this session about the presence of these users too; <= 500 per session."""
+
+    req: U32
+    users: Annotated[list[Str64], msgspec.Meta(min_length=1, max_length=250)]
+
+
+class Unwatch(Frame, tag=int(Op.UNWATCH), frozen=True):
+    """The reverse."""
+
+    req: U32
+    users: Annotated[list[Str64], msgspec.Meta(min_length=1, max_length=250)]
+
+
+class Received(Frame, tag=int(Op.RECEIVED), frozen=True):
+    """Delivered receipt, cumulative, 1:1 only, opt-in: the peer may be told. Never answered."""
+
+    conv: ConvName
+    seq: U53
+
+
+class Sealed(Frame, tag=int(Op.SEALED), frozen=True):
+    """A packet in an AES-256-GCM box: the bytes before the box's content are the associated data."""
+
+    key_id: U32
+    counter: U53
+    box: bytes
+
+
+class Rekey(Frame, tag=int(Op.REKEY), frozen=True):
+    """Agree on keys: an ephemeral X25519 key towards the named static key of the server; answered by KEYS."""
+
+    key_id: U32
+    ephemeral: Key32
+    static: Str64 = ""
+    shared: Str64 = ""
+    """Name of a pre-shared key that is mixed in, "" for none."""
+
+
 # ------------------------------------------------------------------------------------ server -> client
 
 
-class Msg(Frame, tag=int(Op.MSG)):
+class Msg(Frame, tag=int(Op.MSG), frozen=True):
     """A stored message. tag 0: needs no ack (large groups). dup: was possibly sent before on this session.
 
     The elements from msg_id on are the same bytes for every recipient (`encode_msg_tail`).
@@ -269,7 +399,7 @@ class SentItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
     ts_ms: int
 
 
-class Sent(Frame, tag=int(Op.SENT)):
+class Sent(Frame, tag=int(Op.SENT), frozen=True):
     """The messages are stored for good. Its ACK moves this device's cursor over its own messages."""
 
     tag: int
@@ -278,7 +408,7 @@ class Sent(Frame, tag=int(Op.SENT)):
     items: list[SentItem]
 
 
-class Skip(Frame, tag=int(Op.SKIP)):
+class Skip(Frame, tag=int(Op.SKIP), frozen=True):
     """from_seq..to_seq will never be shown; counts as delivered for the client's ordering."""
 
     tag: int
@@ -289,7 +419,7 @@ class Skip(Frame, tag=int(Op.SKIP)):
     epoch: int = 0
 
 
-class Hello(Frame, tag=int(Op.HELLO)):
+class Hello(Frame, tag=int(Op.HELLO), frozen=True):
     """Authenticated. resumed: 0 new session, 1 hot (unacked frames follow as they were), 2 cold."""
 
     version: int
@@ -309,16 +439,17 @@ class Hello(Frame, tag=int(Op.HELLO)):
     """The user's newest change-index version at this moment."""
 
 
-class Pong(Frame, tag=int(Op.PONG)):
+class Pong(Frame, tag=int(Op.PONG), frozen=True):
     """last_tag: the last tag sent on this connection; a client that has not seen it has lost frames."""
 
     server_ms: int
     last_tag: int
     user_cursor: int
     heads: list[tuple[str, int]] = []
+    """Reserved: [g:<group>, head] of large groups that moved, [r:<room>, members] of joined rooms."""
 
 
-class Error(Frame, tag=int(Op.ERROR)):
+class Error(Frame, tag=int(Op.ERROR), frozen=True):
     """A request was refused. `op` names it; client_id or req say which one, when it had one."""
 
     op: int
@@ -331,8 +462,8 @@ class Error(Frame, tag=int(Op.ERROR)):
     conv: str = ""
 
 
-class Level(Frame, tag=int(Op.LEVEL)):
-    """Everything that changed up to user_cursor was sent before this frame: store it after persisting that."""
+class Level(Frame, tag=int(Op.LEVEL), frozen=True):
+    """Everything that changed up to user_cursor was sent before: store it after persisting that."""
 
     tag: int
     user_cursor: int
@@ -357,7 +488,7 @@ class ConvChange(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """This device's durable cursor; a client that holds nothing may start here and page history."""
 
 
-class Changes(Frame, tag=int(Op.CHANGES)):
+class Changes(Frame, tag=int(Op.CHANGES), frozen=True):
     """A page of changed conversations. req 0: sent by itself after a cold HELLO."""
 
     req: int
@@ -366,7 +497,7 @@ class Changes(Frame, tag=int(Op.CHANGES)):
     more: bool
 
 
-class ReadMark(Frame, tag=int(Op.READ_MARK)):
+class ReadMark(Frame, tag=int(Op.READ_MARK), frozen=True):
     """`user` (possibly this one, on another device) has read conv up to seq. unread: of this user, or -1."""
 
     conv: str
@@ -393,7 +524,7 @@ class HistoryItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
     mentions: list[str] = []
 
 
-class HistoryPage(Frame, tag=int(Op.HISTORY_PAGE)):
+class HistoryPage(Frame, tag=int(Op.HISTORY_PAGE), frozen=True):
     """Messages in seq order, each an untagged MSG tail as an array of its own; recalled ones have no body."""
 
     req: int
@@ -402,18 +533,18 @@ class HistoryPage(Frame, tag=int(Op.HISTORY_PAGE)):
     more: bool
 
 
-class Goaway(Frame, tag=int(Op.GOAWAY)):
+class Goaway(Frame, tag=int(Op.GOAWAY), frozen=True):
     """The node will close soon: connect elsewhere at a random moment within window_ms."""
 
     window_ms: int
     reason: str = ""
 
 
-class Probe(Frame, tag=int(Op.PROBE)):
+class Probe(Frame, tag=int(Op.PROBE), frozen=True):
     """The server asks for a sign of life; any frame answers, PING is enough."""
 
 
-class Head(Frame, tag=int(Op.HEAD)):
+class Head(Frame, tag=int(Op.HEAD), frozen=True):
     """Large groups: the group is at seq; members catch up by cursor."""
 
     tag: int
@@ -421,23 +552,128 @@ class Head(Frame, tag=int(Op.HEAD)):
     seq: int
 
 
-class Kicked(Frame, tag=int(Op.KICKED)):
+class Kicked(Frame, tag=int(Op.KICKED), frozen=True):
     """Sent before a 45xx close that policy decided."""
 
     reason: str
     by_device: str = ""
 
 
-class Refreshed(Frame, tag=int(Op.REFRESHED)):
+class Refreshed(Frame, tag=int(Op.REFRESHED), frozen=True):
     """The newer token was taken; it ends at expires_ms."""
 
     expires_ms: int
 
 
-ClientFrame = Auth | Ping | Ack | Acks | Send | Read | Pull | History | Refresh | Convs | Sync
+# -- reserved
+
+
+class Signalled(Frame, tag=int(Op.SIGNALLED), frozen=True):
+    """Somebody's SIGNAL; forget it 5 s after ts_ms."""
+
+    conv: str
+    sender: str
+    signal: int
+    ts_ms: int
+    body: bytes = b""
+
+
+class RoomMsg(Frame, tag=int(Op.ROOM_MSG), frozen=True):
+    """A message of a room: not stored, never acked. offset +1 each within an epoch of the room's ring.
+
+    priority: 0 normal (may be skipped for a slow member, which shows as a hole in offset), 1 high (never).
+    """
+
+    room: str
+    epoch: int
+    offset: int
+    sender: str
+    client_id: bytes
+    kind: int
+    ts_ms: int
+    loss_time_ms: int
+    flags: int
+    priority: int
+    body: bytes
+
+
+class Joined(Frame, tag=int(Op.JOINED), frozen=True):
+    """In the room. recovered: all ROOM_MSG above the JOIN's offset follow; otherwise some are lost."""
+
+    req: int
+    room: str
+    epoch: int
+    offset: int
+    members: int
+    recovered: bool = False
+
+
+class Receipt(Frame, tag=int(Op.RECEIPT), frozen=True):
+    """A device of `user` has received the conversation up to seq."""
+
+    conv: str
+    user: str
+    seq: int
+
+
+class PresenceItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """state: 0 offline, 1 online, 2 background. last_active_ms: 0 when unknown or hidden."""
+
+    user: str
+    state: int
+    last_active_ms: int = 0
+    device_classes: list[str] = []
+
+
+class Presence(Frame, tag=int(Op.PRESENCE), frozen=True):
+    """Changes among the watched users, coalesced over 1 s. resync: forget what was known before."""
+
+    items: list[PresenceItem]
+    resync: bool = False
+
+
+class SealedDown(Frame, tag=int(Op.SEALED_DOWN), frozen=True):
+    """SEALED in the other direction; a room's key_id comes with KEYS."""
+
+    key_id: int
+    counter: int
+    box: bytes
+
+
+class Keys(Frame, tag=int(Op.KEYS), frozen=True):
+    """Answer to REKEY (room ""), or the key of a room on the sealing node (room set, secret inside a box)."""
+
+    key_id: int
+    ephemeral: bytes
+    room: str = ""
+    node: str = ""
+    boot: int = 0
+    secret: bytes = b""
+
+
+class Done(Frame, tag=int(Op.DONE), frozen=True):
+    """The request was carried out."""
+
+    req: int
+
+
+class SettingMark(Frame, tag=int(Op.SETTING_MARK), frozen=True):
+    """Another device of the user changed a setting."""
+
+    key: str
+    value: bytes
+    version: int
+
+
+ClientFrame = (
+    Auth | Ping | Ack | Acks | Send | Read | Pull | History | Refresh | Convs | Sync
+    | Join | Leave | Signal | Recall | Edit | Delete | Clear | Setting | Block | Watch | Unwatch | Received
+    | Sealed | Rekey
+)  # fmt: skip
 ServerFrame = (
-    Msg | Sent | Skip | Hello | Pong | Error | Level | Changes | ReadMark | HistoryPage | Goaway | Probe | Head
-    | Kicked | Refreshed
+    Msg | Sent | Skip | Hello | Pong | Error | Level | Changes | ReadMark | HistoryPage | Goaway | Probe
+    | Head | Kicked | Refreshed
+    | Signalled | RoomMsg | Joined | Receipt | Presence | SealedDown | Keys | Done | SettingMark
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- codec
@@ -450,8 +686,7 @@ MSG_PREFIX_BYTES: Final = 10
 """dc 00 10 (array of 16) · 20 (op MSG) · ce tag (u32) · c2|c3 (dup): what differs per recipient."""
 
 _FRAME_TYPES: Final[dict[int, type[Frame]]] = {
-    int(kind.__struct_config__.tag): kind  # type: ignore[arg-type]
-    for kind in (*ClientFrame.__args__, *ServerFrame.__args__)
+    int(kind.__struct_config__.tag): kind for kind in (*ClientFrame.__args__, *ServerFrame.__args__)
 }
 _DECODERS: Final = {op: msgspec.msgpack.Decoder(kind).decode for op, kind in _FRAME_TYPES.items()}
 
