@@ -87,17 +87,17 @@ def check_secret(what: str, secret: str | bytes) -> bytes:
         raise UsageError(f"{what} is {len(raw)} bytes; must be at least {MIN_SECRET_BYTES} (256 bits)")
     text = raw.decode("latin-1")
     if re.sub(r"[^a-z0-9]", "", text.lower()).startswith(_KNOWN_BAD):
-        raise UsageError(f"{what} begins like a default or example secret; generate one: fastim keys new")
+        raise UsageError(f"{what} begins like a default or example secret; generate one: openssl rand -hex 32")
     bits = len(text) * (4 if _HEX.match(text) else 6 if _BASE64.match(text) else 8)
     if bits < 256:
         raise UsageError(f"{what} can hold at most {bits} bits in its encoding; must hold 256")
     if any(text == (text[:period] * (len(text) // period + 1))[: len(text)] for period in range(1, 17)):
-        raise UsageError(f"{what} repeats a pattern of at most 16 bytes; generate one: fastim keys new")
+        raise UsageError(f"{what} repeats a pattern of at most 16 bytes; generate one: openssl rand -hex 32")
     steps = Counter((b - a) % 256 for a, b in itertools.pairwise(raw))
     counts = Counter(raw)
     entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values()) * len(raw)
     if entropy < 96 or steps.most_common(1)[0][1] > len(raw) // 2:
-        raise UsageError(f"{what} is too regular to be random; generate one: fastim keys new")
+        raise UsageError(f"{what} is too regular to be random; generate one: openssl rand -hex 32")
     return raw
 
 
@@ -452,6 +452,12 @@ class Action(enum.StrEnum):
     """Open a WebSocket session."""
     SELF = "self"
     """REST about one user: badge, sessions, offline messages, device tokens."""
+    LOOK = "look"
+    """REST about one user, nothing that he wrote or reads: online, badge, which conversations he has."""
+    GROUP = "group"
+    """Make a group, name its members."""
+    TRACE = "trace"
+    """Where any message went. Members see their own part of it without this."""
     ADMIN = "admin"
     """Audit, trace, kick of others, broadcast."""
 
@@ -480,6 +486,11 @@ def authorise(
             allowed = Scope.CLIENT in identity.scopes
         case Action.SELF:
             allowed = identity.is_admin or (Scope.CLIENT in identity.scopes and user == identity.user)
+        case Action.LOOK:
+            himself = Scope.CLIENT in identity.scopes and user == identity.user
+            allowed = identity.is_admin or identity.is_service or himself
+        case Action.GROUP | Action.TRACE:
+            allowed = identity.is_admin or identity.is_service
         case Action.ADMIN:
             allowed = identity.is_admin
     if not allowed:

@@ -1,53 +1,33 @@
-"""Every setting, its default, its range, and where its value came from.
+"""The tables of the configuration: every setting, its default and its range.
 
-Hides pydantic. Flags win over the environment (FASTIM_NODE__LISTEN), that over the TOML file, that over
-the defaults. An unknown key is an error wherever it stands; a value out of range is shown with its limit, a
-secret never. `load` also checks what no single value can show: that somebody can log in, that a plain socket
-is not open to the internet, that no secret is short or somebody's example.
-
-C1  flags > environment > file > defaults; unknown keys are refused everywhere    tests/unit/test_config.py
-C2  no error and no repr shows a secret                                           same
+Hides pydantic from everybody but its neighbours. A default that is not good enough for production is refused
+by coherence.py, not here.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import os
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import annotated_types
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
     TomlConfigSettingsSource,
 )
 
-from fastim.auth import Key, check_secret, load_key
+from fastim.auth import Key, load_key
 from fastim.errors import UsageError
 from fastim.model import DEFAULT_KINDS, MAX_BODY_BYTES, KindRule
 
 ENV_PREFIX: Final = "FASTIM_"
-NOT_SETTINGS: Final = frozenset({"FASTIM_CONFIG", "FASTIM_TOKEN", "FASTIM_BUILD", "FASTIM_REQUIRE"})
-"""The file to read, the token of a command, and what the build and the tests look at."""
 FIRST_CUSTOM_KIND: Final = 64
 LAST_CUSTOM_KIND: Final = 65_535
-
-
-class ConfigError(UsageError):
-    """What is wrong with the configuration; one sentence each, secrets left out."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
 
 
 # -------------------------------------------------------------------------------------------- value types
@@ -338,6 +318,12 @@ class ApiSection(Section):
     max_waiting: int = Field(
         default=10_000, ge=1, le=1_000_000, description="Sends that may wait for their store."
     )
+    max_connections: int = Field(
+        default=4_096, ge=1, le=1_000_000, description="Open connections; more are dropped."
+    )
+    request_timeout_ms: int = Field(
+        default=5_000, ge=100, le=60_000, description="For a request's head, and for its body."
+    )
 
 
 class IssuerSection(Section):
@@ -488,44 +474,7 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
     return str(error.strerror) if isinstance(error, OSError) else "not text"
 
 
-# -------------------------------------------------------------------------------------------------- loading
-
-
-def load(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Config:
-    """The configuration, checked. flags: nested tables of what the command line named.
-
-    Raises ConfigError with every problem that was found.
-    """
-    problems = _unknown_environment()
-    if file is not None:
-        _read_toml(file)  # a sentence of our own for a file that is missing or not TOML
-
-    class _Located(Config):
-        model_config = SettingsConfigDict(toml_file=file)
-
-    try:
-        config = _Located(**(flags or {}))
-    except ValidationError as error:
-        wrong = [_sentence(detail, flags or {}, file) for detail in error.errors(include_url=False)]
-        raise ConfigError(problems + wrong) from None
-    except SettingsError as error:
-        found = re.search(r'field "([a-z_]+)"', str(error))
-        name = found[1] if found else "a table"
-        text = f"the environment's value of {name} is not JSON, which lists and tables need"
-        raise ConfigError([*problems, text]) from None
-    problems += list(_contradictions(config))
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError([f"{file}: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file} is not TOML: {error}"]) from None
+# ------------------------------------------------------------------------------------- looking at the tables
 
 
 def tables(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -546,210 +495,9 @@ def known_keys() -> list[str]:
     ]
 
 
-def _unknown_environment() -> list[str]:
-    known = {f"{ENV_PREFIX}{key.replace('.', '__')}".upper(): key for key in known_keys()}
-    problems = []
-    for name in sorted(os.environ):
-        upper = name.upper()
-        if not upper.startswith(ENV_PREFIX) or upper in NOT_SETTINGS or upper in known:
-            continue
-        section = upper.removeprefix(ENV_PREFIX).lower()
-        if upper.startswith("FASTIM_KINDS__") or section in dict(_sections()):
-            continue
-        problems.append(f"the environment has {name}, an unknown key{_did_you_mean(upper, list(known))}")
-    return problems
-
-
-def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    return ((name.rstrip(".").replace(".", "__"), model) for name, model in tables(Config) if name)
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.7)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        if part == "[key]":
-            continue
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The table that a location's last part stands in."""
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        if field is None:
-            continue
-        found = [
-            m for m in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(m, type)
-        ]
-        model = next((m for m in found if issubclass(m, BaseModel)), model)
-    return model
-
-
-def _sentence(detail: ErrorDetails, flags: Mapping[str, Any], file: Path | None) -> str:
-    """One problem: the key, its value unless secret, what it must be, where it was set."""
-    location = detail["loc"]
-    key, kind = _dotted(location), detail["type"]
-    where = _origin_of(location, flags, file)
-    model = _model_at(location)
-    leaf = str(location[-1]) if location else ""
-    if kind == "extra_forbidden":
-        prefix = key[: len(key) - len(leaf)]
-        local = _did_you_mean(key, [prefix + name for name in model.model_fields])
-        return f"{key} is an unknown key{local or _did_you_mean(key, known_keys())}{where}"
-    if kind == "missing":
-        return f"{key} is missing{where}"
-    field = model.model_fields.get(leaf)
-    secret = field is not None and field.annotation is SecretStr
-    value = detail["input"]
-    shown = (
-        not secret and isinstance(value, (str, int, float, bool)) and not key.startswith("auth.issuers.key")
-    )
-    what = f"{key} is {str(value)[:120]!r}" if shown and isinstance(value, str) else f"{key} is {value!r}"
-    if not shown:
-        what = f"{key} is not as it must be"
-    return f"{what}; {_rule(detail, field)}{where}"
-
-
-def _rule(detail: ErrorDetails, field: Any) -> str:
-    low, high = bounds(field)
-    if detail["type"].startswith(("greater_than", "less_than")):
-        if low is not None:
-            return f"must be {low:,}-{high:,}"
-        context = detail.get("ctx", {})
-        limits = [
-            f"{word} {context[name]:,}"
-            for name, word in (("ge", "at least"), ("le", "at most"))
-            if name in context
-        ]
-        return f"must be {' and '.join(limits)}"
-    if detail["type"] == "string_pattern_mismatch":
-        return f"must match {detail['ctx']['pattern']}"
-    text = detail["msg"].removeprefix("Value error, ")
-    text = text.removeprefix("Input should be ")
-    return text if text.startswith(("must", "the ")) else f"must be {text}"
-
-
 def bounds(field: Any) -> tuple[Any, Any]:
     low = high = None
     for mark in getattr(field, "metadata", ()):
         low = getattr(mark, "ge", low)
         high = getattr(mark, "le", high)
     return (low, high) if low is not None and high is not None else (None, None)
-
-
-def _origin_of(location: tuple[int | str, ...], flags: Mapping[str, Any], file: Path | None) -> str:
-    if _holds(flags, location):
-        return " (command line)"
-    name = ENV_PREFIX + "__".join(str(part).upper() for part in location)
-    for length in range(len(location), 0, -1):
-        name = ENV_PREFIX + "__".join(str(part).upper() for part in location[:length])
-        if name in os.environ:
-            return f" (environment, {name})"
-    return f" ({file})" if file is not None and _holds(_read_toml(file), location) else ""
-
-
-def _holds(tables: Any, location: tuple[int | str, ...]) -> bool:
-    for part in location:
-        listed = isinstance(tables, (list, tuple)) and isinstance(part, int) and part < len(tables)
-        if listed or (isinstance(tables, Mapping) and part in tables):
-            tables = tables[part]
-        else:
-            return isinstance(tables, (list, tuple))
-    return True
-
-
-def _contradictions(config: Config) -> Iterator[str]:
-    """What only several values together show."""
-    node, api = config.node, config.api
-    if node.idle_ms < 2 * node.heartbeat_ms:
-        least = f"at least twice node.heartbeat_ms ({node.heartbeat_ms:,})"
-        yield f"node.idle_ms is {node.idle_ms:,}; must be {least}"
-    if node.ack_timeout_ms <= node.probe_ms:
-        least = f"above node.probe_ms ({node.probe_ms:,})"
-        yield f"node.ack_timeout_ms is {node.ack_timeout_ms:,}; must be {least}"
-    if config.presence.lease_ms < 2 * config.presence.renew_ms:
-        yield (
-            f"presence.lease_ms is {config.presence.lease_ms:,}; must be at least twice presence.renew_ms "
-            f"({config.presence.renew_ms:,})"
-        )
-    for name, section in (("node", node), ("api", api)):
-        yield from _tls_pair(name, section.tls_cert, section.tls_key)
-    yield from _exposure(config)
-    yield from _kind_problems(config.kinds)
-    yield from _secrets(config)
-
-
-def _tls_pair(name: str, cert: str, key: str) -> Iterator[str]:
-    if bool(cert) != bool(key):
-        absent = "key" if cert else "cert"
-        yield f"{name}.tls_cert and {name}.tls_key go together; {name}.tls_{absent} is missing"
-    for what, path in (("cert", cert), ("key", key)):
-        if path and not os.access(path, os.R_OK):
-            yield f"{name}.tls_{what} is {path!r}; cannot be read"
-
-
-def _exposure(config: Config) -> Iterator[str]:
-    node, api = config.node, config.api
-    if node.plain and not (config.dev and is_loopback(split_address(node.listen)[0])):
-        yield f"node.plain needs --dev and a loopback address; node.listen is {node.listen!r}"
-    if not config.dev and not node.tls_cert and not node.balancers:
-        yield "node.tls_cert is empty; outside --dev set it and node.tls_key, or node.balancers that end TLS"
-    if not is_loopback(split_address(api.listen)[0]) and not api.tls_cert and not api.plain:
-        yield (
-            f"api.listen is {api.listen!r}, open to other machines; set api.tls_cert and api.tls_key, or "
-            f"api.plain where a balancer ends TLS"
-        )
-
-
-def _kind_problems(kinds: Mapping[str, KindSection]) -> Iterator[str]:
-    numbers = {rule.name: int(rule.kind) for rule in DEFAULT_KINDS.values()}
-    taken: dict[int, str] = {number: name for name, number in numbers.items()}
-    span = f"a kind of your own has a number of {FIRST_CUSTOM_KIND}-{LAST_CUSTOM_KIND:,}"
-    for name, row in kinds.items():
-        if name in numbers:
-            if row.kind not in (None, numbers[name]):
-                yield f"kinds.{name}.kind is {row.kind}; {name} is {numbers[name]} for ever"
-            continue
-        if row.kind is None:
-            yield f"kinds.{name}.kind is missing; {span}"
-        elif row.kind < FIRST_CUSTOM_KIND:
-            yield f"kinds.{name}.kind is {row.kind}; {span}"
-        elif row.kind in taken:
-            yield f"kinds.{name}.kind is {row.kind}, which kinds.{taken[row.kind]} has"
-        else:
-            taken[row.kind] = name
-
-
-def _secrets(config: Config) -> Iterator[str]:
-    """Keys that can be loaded, secrets that nobody can guess."""
-    try:
-        keys = config.token_keys()
-    except UsageError as error:
-        yield str(error)
-        return
-    if not keys and not config.dev:
-        yield "auth.issuers is empty: nobody could log in; name a key, or start with --dev"
-    named = [(key.issuer, key.kid) for key in keys]
-    for pair in dict.fromkeys(pair for pair in named if named.count(pair) > 1):
-        yield f"auth.issuers has issuer {pair[0]!r} with kid {pair[1]!r} twice"
-    webhook = config.push.webhook
-    secret = webhook.secret.get_secret_value()
-    if not webhook.url:
-        return
-    if config.dev:
-        if len(secret) < 32:
-            yield f"push.webhook.secret is {len(secret)} bytes; must be at least 32"
-        return
-    if not webhook.url.startswith("https://"):
-        yield f"push.webhook.url is {webhook.url!r}; outside --dev it must start with https://"
-    try:
-        check_secret("push.webhook.secret", secret)
-    except UsageError as error:
-        yield str(error)
