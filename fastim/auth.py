@@ -87,7 +87,9 @@ def check_secret(what: str, secret: str | bytes) -> bytes:
         raise UsageError(f"{what} is {len(raw)} bytes; must be at least {MIN_SECRET_BYTES} (256 bits)")
     text = raw.decode("latin-1")
     if re.sub(r"[^a-z0-9]", "", text.lower()).startswith(_KNOWN_BAD):
-        raise UsageError(f"{what} begins like a default or example secret; generate one: openssl rand -hex 32")
+        raise UsageError(
+            f"{what} begins like a default or example secret; generate one: openssl rand -hex 32"
+        )
     bits = len(text) * (4 if _HEX.match(text) else 6 if _BASE64.match(text) else 8)
     if bits < 256:
         raise UsageError(f"{what} can hold at most {bits} bits in its encoding; must hold 256")
