@@ -716,5 +716,6 @@ def decode(op: int, frame: bytes | memoryview) -> Frame:
         raise PeerError("unsupported", f"op {op} is not supported by protocol version {VERSION}")
     try:
         return decoder(frame)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        # msgspec lets the decoder's own error through for text that is not UTF-8.
         raise PeerError("bad_frame", f"op {op}: {error}") from None
