@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -72,6 +73,10 @@ def extensions() -> list[Extension]:
         return []
     _, c_flags, link_flags, macros = FLAVOURS[flavour]
     headers = [str(path.relative_to(ROOT)) for path in sorted(CORE.glob("*.pxd"))]
+    # picows' .pxd is a memory layout; conn refuses at import another minor than it was built against.
+    picows = distribution("picows")
+    headers.append(str(picows.locate_file("picows/picows.pxd")))
+    macros = macros | {"FASTIM_PICOWS": f'"{picows.version}"'}
     return [
         Extension(
             f"fastim._core.{source.stem}",

@@ -3,6 +3,8 @@
 frame   the hot half of the wire codec
 wheel   who has been silent for too long
 acks    what was sent and is not acknowledged
+conn    a connection on picows: where the others meet, and hot operations end
 
-Every module has DEBUG (built with checks and counters) and live() (what is allocated now; all zero unless DEBUG).
+Every module has DEBUG (built with checks and counters) and live() (what is allocated now; all zero unless
+DEBUG).
 """

@@ -3,6 +3,7 @@ from typing import Final, final
 DEBUG: Final[bool]
 
 def live() -> dict[str, int]: ...
+
 @final
 class AckTable:
     def __len__(self) -> int: ...

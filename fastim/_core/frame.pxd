@@ -1,13 +1,15 @@
 # The wire codec's C half: split a packet into frames, read ACK, write the head of MSG. See frame.pyx.
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 
 cdef enum:
     # Ops that never reach Python; tests/unit/test_frame.py holds them to fastim.protocol.
     OP_PING = 2
     OP_ACK = 3
+    OP_ACKS = 4
     OP_MSG = 32
+    OP_PONG = 36
 
     # Limits; the depth counts the frame's own array.
     MAX_PACKET_BYTES = 65536
@@ -16,10 +18,14 @@ cdef enum:
     MAX_ARRAY = 256
     MAX_MAP = 64
     MAX_OP = 127
+    MAX_ACK_IDS = 256
 
     # MSG: array16 of 16, op, tag as uint32, dup as bool; the shared tail of 13 elements follows.
     MSG_ELEMENTS = 16
     MSG_PREFIX_BYTES = 10
+
+    # PONG: fixarray of 5, op, three integers of at most 9 bytes, an empty list of heads.
+    PONG_BYTES = 30
 
 
 ctypedef struct frame_span:
@@ -30,6 +36,8 @@ ctypedef struct frame_span:
 
 cdef int split_c(const uint8_t* p, Py_ssize_t n, frame_span* out, int cap) except -1
 cdef int64_t parse_ack_c(const uint8_t* p, Py_ssize_t n) except -1
+cdef int parse_acks_c(const uint8_t* p, Py_ssize_t n, uint64_t* out) except -1
+cdef int pong_c(uint8_t* out, uint64_t server_ms, uint32_t last_tag, uint64_t user_cursor) noexcept nogil
 
 
 cdef inline void msg_prefix_c(uint8_t* out, uint32_t tag, bint dup) noexcept nogil:

@@ -11,7 +11,7 @@ Source: msgpack spec, "Formats"; docs/protocol.md.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport INT64_MAX, int8_t, int16_t, uint16_t, uint64_t
+from libc.stdint cimport INT64_MAX, int8_t, int16_t, uint16_t
 from libc.string cimport memcpy
 
 from fastim._core cimport FASTIM_DEBUG
@@ -19,6 +19,7 @@ from fastim._core cimport FASTIM_DEBUG
 from fastim.errors import PeerError, UsageError
 
 DEBUG = bool(FASTIM_DEBUG)
+cdef int64_t MAX_ID = (1LL << 53) - 1
 
 
 cdef enum Broken:
@@ -325,6 +326,80 @@ cdef int64_t parse_ack_c(const uint8_t* p, Py_ssize_t n) except -1:
     return tag
 
 
+cdef int parse_acks_c(const uint8_t* p, Py_ssize_t n, uint64_t* out) except -1:
+    """Write the ids of one ACKS frame into `out` (caller-owned, room for MAX_ACK_IDS); their number.
+
+    Raises PeerError("bad_frame"); `out` then holds nothing of use. O(ids), allocates nothing.
+    """
+    cdef Fault fault
+    cdef uint32_t items = 0, count = 0, i
+    cdef int64_t op = 0, msg_id = 0
+    cdef Py_ssize_t at
+    if n <= 0:
+        raise PeerError("bad_frame", "the frame is 0 bytes")
+    at = _enter(p, 0, n, &items, &fault)
+    if at >= 0:
+        if items < 2:
+            raise PeerError("bad_frame", f"ACKS has {items} elements; at least 2")
+        at = _integer(p, at, n, &op, &fault)
+    if at < 0:
+        raise _error(&fault, n)
+    if op != OP_ACKS:
+        raise PeerError("bad_frame", f"the op is {op}; must be {OP_ACKS}, ACKS")
+    if at >= n:
+        raise PeerError("bad_frame", "the frame ends before the ids of ACKS")
+    at = _enter(p, at, n, &count, &fault)
+    if at < 0 and fault.what == NOT_AN_ARRAY:
+        raise PeerError("bad_frame", f"the ids of ACKS start with 0x{fault.value:02x}; must be an array")
+    if at < 0:
+        raise _error(&fault, n)
+    if count > MAX_ACK_IDS:
+        raise PeerError("bad_frame", f"ACKS has {count} ids; limit {MAX_ACK_IDS}")
+    for i in range(count):
+        at = _integer(p, at, n, &msg_id, &fault)
+        if at < 0:
+            raise _error(&fault, n)
+        if msg_id < 0 or msg_id > MAX_ID:
+            raise PeerError("bad_frame", f"an id of ACKS is {msg_id}; limits 0 and {MAX_ID}")
+        out[i] = <uint64_t>msg_id
+    return <int>count
+
+
+cdef inline int _put_uint(uint8_t* out, uint64_t value) noexcept nogil:
+    """Write the shortest form of an unsigned integer; its length."""
+    cdef int size, i
+    if value <= 0x7F:
+        out[0] = <uint8_t>value
+        return 1
+    if value <= 0xFF:
+        out[0] = 0xCC
+        size = 1
+    elif value <= 0xFFFF:
+        out[0] = 0xCD
+        size = 2
+    elif value >> 32 == 0:
+        out[0] = 0xCE
+        size = 4
+    else:
+        out[0] = 0xCF
+        size = 8
+    for i in range(size):
+        out[1 + i] = <uint8_t>((value >> (8 * (size - 1 - i))) & 0xFF)
+    return 1 + size
+
+
+cdef int pong_c(uint8_t* out, uint64_t server_ms, uint32_t last_tag, uint64_t user_cursor) noexcept nogil:
+    """Write a PONG without heads into `out` (room for PONG_BYTES); its length."""
+    cdef int at = 2
+    out[0] = 0x95
+    out[1] = OP_PONG
+    at += _put_uint(out + at, server_ms)
+    at += _put_uint(out + at, last_tag)
+    at += _put_uint(out + at, user_cursor)
+    out[at] = 0x90
+    return at + 1
+
+
 def split(data: bytes | bytearray | memoryview) -> list[tuple[int, int, int]]:
     """(op, start, end) of each frame of a packet. Raises PeerError("bad_frame")."""
     cdef frame_span[MAX_FRAMES] spans
@@ -346,6 +421,25 @@ def parse_ack(data: bytes | bytearray | memoryview) -> int:
         return parse_ack_c(<const uint8_t*>view.buf, view.len)
     finally:
         PyBuffer_Release(&view)
+
+
+def parse_acks(data: bytes | bytearray | memoryview) -> list[int]:
+    """The ids of one ACKS frame. Raises PeerError("bad_frame")."""
+    cdef uint64_t[MAX_ACK_IDS] ids
+    cdef Py_buffer view
+    cdef int count, i
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        count = parse_acks_c(<const uint8_t*>view.buf, view.len, ids)
+    finally:
+        PyBuffer_Release(&view)
+    return [ids[i] for i in range(count)]
+
+
+def pong(uint64_t server_ms, uint32_t last_tag, uint64_t user_cursor) -> bytes:
+    """A whole PONG frame without heads."""
+    cdef uint8_t[PONG_BYTES] out
+    return PyBytes_FromStringAndSize(<char*>out, pong_c(out, server_ms, last_tag, user_cursor))
 
 
 def msg_prefix(tag: int, dup: bool) -> bytes:
@@ -393,7 +487,8 @@ def ranges(list values not None) -> list[tuple[int, int]]:
 
 
 globals().update(
-    OP_PING=OP_PING, OP_ACK=OP_ACK, OP_MSG=OP_MSG, MAX_PACKET_BYTES=MAX_PACKET_BYTES, MAX_FRAMES=MAX_FRAMES,
+    OP_PING=OP_PING, OP_ACK=OP_ACK, OP_ACKS=OP_ACKS, OP_MSG=OP_MSG, OP_PONG=OP_PONG,
+    MAX_ACK_IDS=MAX_ACK_IDS, MAX_PACKET_BYTES=MAX_PACKET_BYTES, MAX_FRAMES=MAX_FRAMES,
     MAX_DEPTH=MAX_DEPTH, MAX_ARRAY=MAX_ARRAY, MAX_MAP=MAX_MAP, MAX_OP=MAX_OP,
     MSG_PREFIX_BYTES=MSG_PREFIX_BYTES,
 )

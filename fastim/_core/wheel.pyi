@@ -3,6 +3,7 @@ from typing import Final, Self, final
 DEBUG: Final[bool]
 
 def live() -> dict[str, int]: ...
+
 @final
 class Wheel:
     def __new__(cls, *, stall_ms: int = 1000) -> Self: ...

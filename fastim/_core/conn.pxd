@@ -1,0 +1,150 @@
+# One WebSocket connection as the node sees it, and what all connections of a node share. See conn.pyx.
+
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from picows.picows cimport WSFrame, WSListener, WSTransport
+
+from fastim._core.acks cimport AckTable
+from fastim._core.wheel cimport Wheel
+
+
+cdef enum LinkState:
+    #  NEW --upgrade--> OPEN --close(), peer's CLOSE, end of TCP--> CLOSING --socket gone, late--> ENDED
+    #                     `------------abort(), socket gone----------------------------------------^
+    NEW
+    OPEN                # the only state in which anything is sent or received
+    CLOSING             # our CLOSE is written or nothing can be written; waiting for the peer or for close_ms
+    ENDED               # holds no slot and no memory; on_closed is called at the end of the tick
+
+
+cdef enum:
+    OP_AUTH = 1         # tests/unit/test_conn.py holds these to fastim.protocol
+    MAX_FRAGMENTS = 64
+    MAX_CONTROL_BYTES = 125
+    MAX_REASON_BYTES = 123
+    GAP_BYTES = 4       # in front of a packet: the header of 126 to 65,535 bytes
+
+
+cdef class CoreConnection
+cdef class CoreHub
+
+
+@cython.final
+cdef class CoreHub:
+    cdef:
+        # What the links use.
+        object _loop
+        AckTable _acks
+        Wheel _wheel
+        object _encode_error
+        public object accept
+        public object on_acked
+        public object on_fatal
+
+        # Bounds.
+        readonly uint64_t auth_ms
+        readonly uint64_t fragment_ms
+        readonly uint64_t close_ms
+        readonly Py_ssize_t soft_bytes
+        readonly Py_ssize_t hard_bytes
+
+        # By slot of the wheel: the link or None, and when something is late (0: nothing can be).
+        list _links
+        uint64_t* _deadlines
+        Py_ssize_t _capacity
+
+        # The tick.
+        list _dirty             # links with something to write
+        list _gone              # links that ended and whose owner does not know
+        bint _scheduled
+
+        # Free output buffers, so that a burst does not go through malloc.
+        char** _pool
+        int _pooled
+
+        # Counters.
+        uint64_t frames_in, frames_out, packets_in, packets_out, bytes_in, bytes_out
+        uint64_t pings, ack_frames, overflows
+
+    cdef int _enter(self, CoreConnection link, uint64_t mono_ms) except -1
+    cdef int _leave(self, CoreConnection link) except -1
+    cdef int _wake(self) except -1
+    cdef char* _take_buffer(self) noexcept nogil
+    cdef void _give_buffer(self, char* buffer, Py_ssize_t capacity) noexcept nogil
+    cdef int _sweep(self, uint64_t mono_ms, uint32_t* out, int cap) noexcept nogil
+    cdef void _fatal(self, object error) noexcept
+
+
+@cython.final
+cdef class CoreConnection(WSListener):
+    cdef:
+        readonly CoreHub hub
+        readonly str peer
+        public object owner
+        WSTransport _transport
+        int _fd                 # of a plain socket; -1 under TLS
+
+        # Life.
+        uint8_t _state
+        bint _authenticated
+        bint _peer_closed       # its CLOSE came
+        bint _peer_ended        # its end of TCP came
+        bint _orderly           # once ENDED
+        readonly int slot
+        readonly int close_code
+
+        # Answers given in C.
+        int _ack_slot
+        uint64_t _user_cursor
+        uint64_t _received_ms
+        uint64_t _auth_by_ms    # 0 once authenticated
+
+        # A fragmented message; _fragments is 0 when there is none.
+        uint8_t* _part
+        uint32_t _part_size
+        uint32_t _part_capacity
+        uint64_t _part_since_ms
+        uint8_t _fragments
+
+        # Output: whole WebSocket frames from _start on, the last of which may be a packet that still grows and
+        # has its header to come. Offsets in _out.
+        char* _out
+        uint32_t _out_capacity
+        uint32_t _out_start
+        uint32_t _out_size
+        uint32_t _packet        # where the growing packet's payload starts; 0: there is none
+        uint8_t _packet_frames
+        uint8_t _pongs          # WebSocket pongs queued since the last write
+        bint _dirty
+        bint _blocked           # the transport holds bytes; it says so when it has written them
+        Py_ssize_t _handed      # at most so many
+        bytes _late_ping        # the newest ping beyond those answered one by one
+
+    cdef int send_c(self, const void* head, Py_ssize_t head_bytes, const void* body, Py_ssize_t body_bytes) except -1
+    cdef int close_c(self, int code, bytes reason) except -1
+    cdef int abort_c(self, bint orderly) except -1
+
+    cdef int _open(self, WSTransport transport) except -1
+    cdef void _broken(self, object error) noexcept
+    cdef int _received(self, WSFrame frame) except -1
+    cdef int _fragment(self, WSFrame frame) except -1
+    cdef int _peer_says_close(self, WSFrame frame) except -1
+    cdef int _ping(self, WSFrame frame) except -1
+    cdef int _packet_in(self, const uint8_t* p, Py_ssize_t n) except -1
+    cdef int _frame_in(self, int op, const uint8_t* p, Py_ssize_t n) except -1
+    cdef int _acked(self, int op, const uint8_t* p, Py_ssize_t n) except -1
+    cdef int _refuse(self, int op, object error) except -1
+    cdef void _drop_part(self) noexcept nogil
+    cdef void _set_deadline(self) noexcept nogil
+
+    cdef int _room(self, Py_ssize_t more) except -1
+    cdef int _seal(self) except -1
+    cdef int _control(self, int opcode, const char* p, Py_ssize_t n) except -1
+    cdef int _mark(self) except -1
+    cdef int _flush(self, bint force) except -1
+    cdef int _write(self, const char* p, Py_ssize_t n) except -1
+    cdef void _drop_out(self) noexcept nogil
+    cdef Py_ssize_t _waiting(self) except -1
+    cdef int _late(self) except -1
+    cdef int _end(self, int code, bint orderly) except -1
+    cdef int _tell(self) except -1

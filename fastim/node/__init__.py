@@ -1,0 +1,1 @@
+"""The access node: sockets, sessions, delivery and catch-up."""
