@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -114,6 +115,10 @@ class Kind(enum.IntEnum):
     DELETE = 35
 
 
+FIRST_EVENT_KIND: Final = int(Kind.MEMBER)
+"""Control events: they take a seq and are streamed, but nobody owes their delivery."""
+
+
 class KindRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The weight of a message type (seed: 特定消息类型加权重). One row of the `kinds` configuration table."""
 
@@ -144,6 +149,8 @@ DEFAULT_KINDS: Final[dict[int, KindRule]] = {
         KindRule(Kind.CUSTOM, "custom", preview="[message]"),
     )
 }
+
+FALLBACK_PREVIEW: Final = "[message]"
 
 # ------------------------------------------------------------------------------------------ messages
 
@@ -189,6 +196,20 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 def is_expired(loss_time_ms: int, wall_ms: int) -> bool:
     """The one place that compares a deadline with the clock (seed: 如果当前时间大于 lossTime 时间则丢弃)."""
     return loss_time_ms != 0 and wall_ms > loss_time_ms
+
+
+def preview(kind: int, flags: int, body: bytes, kinds: Mapping[int, KindRule], most_chars: int) -> str:
+    """What a list or a phone shows of a message: its text, cut, or the words of its kind.
+
+    End-to-end encrypted bodies and unknown kinds are never looked into; most_chars 0 shows no text at all.
+    """
+    rule = kinds.get(kind)
+    if flags & Flag.SEALED or rule is None or most_chars <= 0:
+        return FALLBACK_PREVIEW
+    if rule.preview or kind != Kind.TEXT:
+        return rule.preview or FALLBACK_PREVIEW
+    text = " ".join(body[: most_chars * 4].decode(errors="ignore").split())
+    return text[:most_chars] or FALLBACK_PREVIEW
 
 
 class Fate(enum.IntEnum):

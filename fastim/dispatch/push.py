@@ -16,23 +16,11 @@ from fastim.dispatch.ledger import Flows
 from fastim.dispatch.limits import DispatchLimits
 from fastim.dispatch.patience import Patience
 from fastim.errors import StoreUnavailable, Unavailable
-from fastim.model import Flag, Kind, KindRule, is_expired
+from fastim.model import Flag, KindRule, is_expired, preview
 from fastim.push.base import Notification, PushOutcome, PushResult, PushVendor
 from fastim.store.base import MessageStore, PushRow
 
 _RETRY = PushResult(PushOutcome.RETRY)
-_FALLBACK_PREVIEW = "[message]"
-
-
-def preview(row: PushRow, kinds: Mapping[int, KindRule], most_chars: int) -> str:
-    """What the phone shows. End-to-end encrypted bodies and unknown kinds are never looked into."""
-    rule = kinds.get(row.kind)
-    if row.flags & Flag.SEALED or rule is None or most_chars <= 0:
-        return _FALLBACK_PREVIEW
-    if rule.preview or row.kind != Kind.TEXT:
-        return rule.preview or _FALLBACK_PREVIEW
-    text = " ".join(row.body[: most_chars * 4].decode(errors="ignore").split())
-    return text[:most_chars] or _FALLBACK_PREVIEW
 
 
 def is_silent(row: PushRow, kinds: Mapping[int, KindRule]) -> bool:
@@ -119,7 +107,7 @@ class PushLoop:
         batch = [
             Notification(
                 row.push_id, row.user, row.conv, row.msg_id, row.sender,
-                preview(row, self._kinds, most_chars), row.badge, row.pending, row.expires_ms,
+                preview(row.kind, row.flags, row.body, self._kinds, most_chars), row.badge, row.pending, row.expires_ms,
             )
             for row in rows
         ]  # fmt: skip

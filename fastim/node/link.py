@@ -18,7 +18,7 @@ Source: architecture, "The core's rule"; tests/unit/test_conn.py, tests/system/t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 CLOSE_ABORT_MS = 1_000
 """How long a peer may take to finish the closing handshake before its socket is aborted."""
@@ -109,6 +109,8 @@ class Link(Protocol):
 class Hub(Protocol):
     """One per node: what its links share."""
 
+    accept: Callable[[Any], LinkOwner] | None
+    """Gives a link that finished its upgrade its owner; None: nothing is taken yet."""
     on_acked: Callable[[], None]
     """Called at most once per tick when the ack table has something to drain."""
     on_fatal: Callable[[BaseException], None]

@@ -1,0 +1,269 @@
+"""Bring a device level with the timeline: stream what lies above its position, in seq order.
+
+First sync, cold resume, hole pull, nudge, slow reader and ack timeout differ only in how a conversation came
+to be BEHIND (session.Session.put_behind); here is the one way out. A few workers take sessions that want
+something, one page of one conversation at a time, round robin, and stop when the window is full; an ack wakes
+the session.
+
+ wake(session) ─▶ queue ─▶ worker: a page of the change index │ a page of one conversation ─▶ MSG, SKIP ─▶ …
+                                                                                        level of all ─▶ LEVEL
+
+C1  what is written for a conversation is contiguous from its position      tests/system/test_catchup.py
+C2  LEVEL(version) leaves after everything that changed up to version       same
+C3  a store that is away delays, and costs nothing else                     same
+Source: docs/design.md, "A session on a node"; semantics, "Heartbeat, resume, sync".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+from fastim.clock import Clock
+from fastim.errors import PeerError, StoreUnavailable
+from fastim.model import Fate, KindRule, Message, SkipReason, preview
+from fastim.node.limits import NodeLimits
+from fastim.node.link import Link
+from fastim.node.session import CURSOR, Heard, Parcel, Session, Sync
+from fastim.protocol import Changes, ConvChange, Level, Skip, encode, encode_msg_tail
+from fastim.store.base import ConvState, Gap, MessageStore, StreamPage
+
+_SKIP_FATES: Final = {SkipReason.EXPIRED: Fate.EXPIRED, SkipReason.RECALLED: Fate.RECALLED}
+"""What the ack of a SKIP settles; for any other reason it only moves the cursor."""
+_PREVIEW_CHARS: Final = 80
+
+
+class Window(Protocol):
+    """What delivery knows about the room of a session."""
+
+    def has_room(self, session: Session) -> bool: ...
+
+    def write_stream(self, session: Session, message: Message, tail: bytes, *, dup: bool) -> None: ...
+
+    def post(self, session: Session, parcel: Parcel, mono_ms: int) -> None: ...
+
+
+class Catchup:
+    """The pull half of a node."""
+
+    def __init__(
+        self, store: MessageStore, clock: Clock, limits: NodeLimits, kinds: Mapping[int, KindRule]
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._limits = limits
+        self._kinds = kinds
+        self._queue: deque[Session] = deque()
+        self._work = asyncio.Event()
+        self._stalled: set[Session] = set()
+        self.window: Window | None = None
+        self.streamed = 0
+        """MSG frames written from the store."""
+        self.skipped = 0
+        """Seqs covered by SKIP frames."""
+        self.syncs = 0
+        self.store_failures = 0
+
+    # -- what wants to be streamed
+
+    def wake(self, session: Session) -> None:
+        """Look at the session soon. Cheap; call whenever something may have become possible."""
+        if session.queued or session.busy or session.stalled or not session.wants_stream():
+            return
+        session.queued = True
+        self._queue.append(session)
+        self._work.set()
+
+    def sync(self, session: Session, since: int, *, changes: bool) -> None:
+        """Find what changed after `since` and stream it; then LEVEL. A sync under way starts again."""
+        if session.sync is not None:
+            since = min(since, session.sync.since)
+            changes = changes or session.sync.changes
+        session.sync = Sync(since, changes=changes)
+        self.wake(session)
+
+    def sweep(self) -> None:
+        """Try again what waited for the store or for an emptier socket."""
+        stalled, self._stalled = self._stalled, set()
+        for session in stalled:
+            session.stalled = False
+            self.wake(session)
+
+    # -- the workers
+
+    async def run(self) -> None:
+        """One worker; start a few."""
+        while True:
+            while not self._queue:
+                self._work.clear()
+                await self._work.wait()
+            session = self._queue.popleft()
+            session.queued = False
+            session.busy = True
+            try:
+                more = await self._step(session)
+            except StoreUnavailable as error:
+                if not error.temporary:
+                    raise
+                self.store_failures += 1
+                self._stall(session)
+                more = False
+            finally:
+                session.busy = False
+            if more:
+                self.wake(session)
+
+    def _stall(self, session: Session) -> None:
+        session.stalled = True
+        self._stalled.add(session)
+
+    async def _step(self, session: Session) -> bool:
+        """One page. False: the session waits for an ack, the next sweep, or nothing at all."""
+        link = session.link
+        if link is None or session.ended:
+            return False
+        if session.sync is not None and not session.sync.paged:
+            if link.buffered_bytes() > self._limits.page_backlog_bytes:
+                self._stall(session)
+                return False
+            await self._page(session, link, session.sync)
+            return True
+        window = self._window()
+        if not window.has_room(session):
+            if session.full_since_mono_ms == 0:
+                session.full_since_mono_ms = self._clock.mono_ms()
+            if link.overflow:
+                self._stall(session)  # no ack may come to tell that the buffer has drained
+            return False
+        for conv, heard in session.behind.items():
+            if not heard.paused:
+                await self._stream(session, link, conv, heard)
+                return True
+        return False
+
+    def _window(self) -> Window:
+        assert self.window is not None
+        return self.window
+
+    # -- one conversation
+
+    async def _stream(self, session: Session, link: Link, conv: str, heard: Heard) -> None:
+        version = heard.version
+        position = heard.position
+        try:
+            if position == CURSOR:
+                position = (await self._store.position(session.user, session.device, conv)).cursor
+            page = await self._store.stream(
+                session.user, conv, position, self._clock.wall_ms(),
+                limit=self._limits.page_messages, max_bytes=self._limits.page_bytes,
+            )  # fmt: skip
+        except PeerError:
+            # Not (or no longer) a member: there is nothing to be had.
+            if session.behind.get(conv) is heard:
+                self._level(session, conv)
+            return
+        if session.link is not link or session.behind.get(conv) is not heard or heard.version != version:
+            return
+        reached = self._write(session, conv, page, position, heard.dup)
+        heard.position = reached
+        if reached < page.to_seq:
+            # The window is full; whoever acks next wakes the session, and others get their turn.
+            return
+        stale = page.to_seq <= position and not page.entries
+        if page.to_seq >= page.head and (page.to_seq >= heard.upto or stale):
+            self._level(session, conv)
+        else:
+            del session.behind[conv]
+            session.behind[conv] = heard
+
+    def _write(self, session: Session, conv: str, page: StreamPage, position: int, dup: bool) -> int:
+        """As much of the page as the window takes. Returns the seq that was reached."""
+        window = self._window()
+        reached = position
+        for entry in page.entries:
+            if not window.has_room(session):
+                return reached
+            if isinstance(entry, Gap):
+                self._skip(session, conv, entry, page.epoch)
+                reached = entry.to_seq
+            else:
+                window.write_stream(session, entry, encode_msg_tail(entry), dup=dup)
+                self.streamed += 1
+                reached = entry.seq
+        return max(reached, page.to_seq)
+
+    def _skip(self, session: Session, conv: str, gap: Gap, epoch: int) -> None:
+        tag = session.next_tag()
+        frame = encode(Skip(tag, conv, gap.from_seq, gap.to_seq, gap.reason, epoch))
+        fate = _SKIP_FATES.get(SkipReason(gap.reason))
+        parcel = Parcel(session, conv, gap.from_seq, gap.to_seq, 0, fate, frame, is_msg=False)
+        self.skipped += gap.to_seq - gap.from_seq + 1
+        self._window().post(session, parcel, self._clock.mono_ms())
+
+    def _level(self, session: Session, conv: str) -> None:
+        del session.behind[conv]
+        sync = session.sync
+        if sync is not None:
+            sync.waiting.discard(conv)
+            self._finish(session, sync)
+
+    # -- what changed
+
+    async def _page(self, session: Session, link: Link, sync: Sync) -> None:
+        """One page of the change index: list entries if wanted, and which conversations are BEHIND."""
+        after = max(sync.since, sync.reached)
+        limit = self._limits.page_conversations
+        found: list[tuple[str, int, int]]
+        if sync.changes:
+            convs = await self._store.conversations(
+                session.user, session.device, after, limit, self._clock.wall_ms()
+            )
+            more, version = convs.more, convs.version
+            found = [(item.conv, item.cursor, item.head) for item in convs.items]
+            frame = encode(Changes(0, [self.change(item) for item in convs.items], version, more))
+        else:
+            behind = await self._store.behind(session.user, session.device, after, limit)
+            more, version = behind.more, behind.version
+            found = [(item.conv, item.cursor, item.head) for item in behind.items]
+            frame = b""
+        if session.link is not link or session.sync is not sync:
+            return
+        if frame:
+            link.send(frame)
+        for conv, cursor, head in found:
+            if head > max(cursor, session.high.get(conv, 0)):
+                # Under way from a replay counts as written: its acks close the distance to the cursor.
+                high = session.high.get(conv, 0)
+                session.put_behind(conv, 0, high if high > cursor else CURSOR)
+                sync.waiting.add(conv)
+        sync.reached = version
+        if not more:
+            sync.paged = True
+            session.high.clear()
+            self._finish(session, sync)
+
+    def _finish(self, session: Session, sync: Sync) -> None:
+        """LEVEL, once everything of the sync was streamed."""
+        if session.sync is not sync or not sync.paged or sync.waiting:
+            return
+        session.sync = None
+        tag = session.next_tag()
+        frame = encode(Level(tag, sync.reached))
+        parcel = Parcel(session, "", 0, 0, 0, None, frame, is_msg=False, version=sync.reached)
+        self._window().post(session, parcel, self._clock.mono_ms())
+        if session.link is not None:
+            session.link.set_pong(sync.reached)
+        self.syncs += 1
+
+    def change(self, state: ConvState) -> ConvChange:
+        """A list entry as clients see it."""
+        last = state.last
+        shown = preview(last.kind, last.flags, last.body, self._kinds, _PREVIEW_CHARS) if last else ""
+        return ConvChange(
+            state.conv, state.version, state.head, state.epoch, state.read, state.unread, state.mention_seq,
+            False,
+            last.sender if last else "", last.kind if last else 0, last.ts_ms if last else 0,
+            shown, state.cursor,
+        )  # fmt: skip

@@ -1,0 +1,337 @@
+"""One access node: its parts, its tasks, its start and its end (seed: access-server).
+
+ NEW ──start(): inbox, lease──▶ READY ──go_away()──▶ DRAINING ──sockets closed──▶ stop(): flush ──▶ STOPPED
+                                  └── a task dies ──▶ on_fatal(error): the app drains the process
+
+Hides the tasks: one reader of the inbox, one flusher, one publisher of sends, a few streams, one lease, one
+sweep every 250 ms. There is no task and no timer per connection; a login, a question and a detach are tasks
+while they last.
+
+O1  nothing is accepted before the inbox and the lease exist                tests/system/test_node.py
+O2  a lease that is missing is registered again, and every session synced   same
+O3  a task that dies is fatal, loudly                                       same
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from fastim import observe
+from fastim._core.acks import AckTable
+from fastim._core.wheel import Wheel
+from fastim.auth import Identity
+from fastim.bus.base import NODE_GROUP, Bus, Reader, inbox_topic
+from fastim.clock import Clock
+from fastim.errors import InternalError, PeerError, PresenceUnavailable, Unavailable
+from fastim.model import DEFAULT_KINDS, KindRule
+from fastim.node.catchup import Catchup
+from fastim.node.commands import Commands
+from fastim.node.delivery import Delivery
+from fastim.node.flush import Flusher
+from fastim.node.handshake import Handshake
+from fastim.node.limits import NodeLimits
+from fastim.node.link import Hub, Link
+from fastim.node.pool import ConnPool
+from fastim.node.session import Session
+from fastim.presence.base import PresenceStore
+from fastim.protocol import Auth, CloseCode, Error, Goaway, Op, decode, encode
+from fastim.store.base import Behind, MessageStore
+
+_log = logging.getLogger("fastim.node")
+_TOKEN_SWEEPS = 20
+"""Tokens are looked at every so many sweeps: 5 s."""
+_STOP_FLUSH_MS = 5_000
+
+
+def encode_error(op: int, error: PeerError) -> bytes:
+    """The ERROR frame of a refusal that names no client_id."""
+    observe.ERRORS_SENT.labels(error.code).inc()
+    return encode(Error(op, error.code, error.detail, error.retryable, error.retry_after_ms))
+
+
+class _Connection:
+    """What the node sets per link (link.LinkOwner)."""
+
+    __slots__ = ("joining", "link", "node", "session")
+
+    def __init__(self, node: Node, link: Link) -> None:
+        self.node = node
+        self.link = link
+        self.session: Session | None = None
+        self.joining = False
+
+    def on_command(self, op: int, frame: bytes) -> None:
+        session = self.session
+        if session is not None and session.link is self.link:
+            self.node.commands.take(session, op, frame)
+            return
+        if op != Op.AUTH or self.joining:
+            raise PeerError("unauthenticated", "AUTH is the first frame, once; wait for HELLO")
+        auth = decode(op, frame)
+        assert isinstance(auth, Auth)
+        identity = self.node.handshake.check(auth)
+        self.joining = True
+        self.node.spawn(self._login(auth, identity), f"login {identity.user}")
+
+    async def _login(self, auth: Auth, identity: Identity) -> None:
+        link = self.link
+        try:
+            self.session = await self.node.handshake.login(link, auth, identity)
+        except PeerError as error:
+            link.send(encode_error(Op.AUTH, error))
+            link.close(_REFUSALS.get(error.code, CloseCode.AUTH), error.code)
+
+    def on_closed(self, code: int, orderly: bool) -> None:
+        session = self.session
+        if session is not None and session.link is self.link:
+            self.node.handshake.closed(session, orderly=orderly)
+
+
+_REFUSALS: Mapping[str, int] = {"too_many_devices": CloseCode.KICKED, "bad_ack": CloseCode.BAD_FRAME}
+
+
+class Node:
+    """The access node of one process. See the module; the parts are public for tests."""
+
+    def __init__(
+        self,
+        name: str,
+        boot: int,
+        *,
+        store: MessageStore,
+        bus: Bus,
+        presence: PresenceStore,
+        hub: Hub,
+        acks: AckTable,
+        wheel: Wheel,
+        verify: Callable[[str], Identity],
+        clock: Clock,
+        rng: random.Random,
+        limits: NodeLimits | None = None,
+        kinds: Mapping[int, KindRule] = DEFAULT_KINDS,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.name = name
+        self.boot = boot
+        self.limits = limits = limits or NodeLimits()
+        self.inbox = inbox_topic(name, boot)
+        self._bus = bus
+        self._presence = presence
+        self._hub = hub
+        self._wheel = wheel
+        self._clock = clock
+        self._on_fatal = on_fatal
+        self.pool = pool = ConnPool()
+        self.flusher = Flusher(name, store, bus, clock, rng, limits, self._on_gap)
+        self.catchup = catchup = Catchup(store, clock, limits, kinds)
+        self.handshake = handshake = Handshake(
+            name, boot, store, bus, presence, verify, pool, catchup, clock, rng, limits, self.spawn
+        )
+        self.delivery = Delivery(
+            pool, acks, self.flusher, catchup, clock, limits, handshake.lose, handshake.kick
+        )
+        self.commands = Commands(self.inbox, store, bus, verify, catchup, clock, limits, kinds, self.spawn)
+        handshake.delivery = self.delivery
+        catchup.window = self.delivery
+        self._reader: Reader | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._short: set[asyncio.Task[None]] = set()
+        self._failed = False
+        self._draining = False
+        self._leased = False
+        self._grace_until_mono_ms = 0
+
+    # --------------------------------------------------------------------------------------------- life
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._tasks) and self._leased and not self._draining and not self._failed
+
+    @property
+    def sessions(self) -> int:
+        """Connected, or waiting to be resumed."""
+        return len(self.pool)
+
+    @property
+    def connections(self) -> int:
+        return self.pool.connections
+
+    async def start(self) -> None:
+        """Inbox, lease, tasks; then links are taken. Raises BusUnavailable, PresenceUnavailable."""
+        await self._bus.ensure(self.inbox)
+        await self._presence.open_lease(self.name, self.boot, self.limits.lease_ms)
+        self._leased = True
+        self._reader = self._bus.reader(self.inbox, NODE_GROUP, max_unsettled=self.limits.max_unsettled)
+        self.flusher.reader = self._reader
+        self._keep("inbox", self.delivery.run(self._reader))
+        self._keep("flush", self.flusher.run())
+        self._keep("sends", self.commands.run())
+        for number in range(self.limits.catchup_workers):
+            self._keep(f"catchup {number}", self.catchup.run())
+        self._keep("lease", self._hold_lease())
+        self._keep("sweep", self._sweep())
+        self._hub.on_acked = self.delivery.on_acked
+        self._hub.on_fatal = self._fatal
+        self._hub.accept = self.accept
+
+    def accept(self, link: Link) -> _Connection:
+        """A link that finished its upgrade."""
+        if self._draining:
+            link.close(CloseCode.RESTART, "going away")
+        return _Connection(self, link)
+
+    def go_away(self, window_ms: int, reason: str = "restart") -> None:
+        """Ask every client to connect elsewhere, at a moment of its own within window_ms."""
+        self._draining = True
+        frame = encode(Goaway(window_ms, reason))
+        for session in self.pool:
+            if session.link is not None:
+                session.link.send(frame)
+
+    async def stop(self) -> None:
+        """Flush what was acknowledged, due rows for what was not, give the rest back. Safe to call twice."""
+        self._draining = True
+        for session in self.pool:
+            if session.link is not None:
+                session.link.close(CloseCode.RESTART, "going away")
+                self.handshake.closed(session, orderly=True)
+        while self._short:
+            await asyncio.wait(self._short, timeout=1.0)
+            self.handshake.stopping = True
+            for task in self._short:
+                task.cancel()
+        if self._reader is not None:
+            # Its loop ends; what is handed out stays ours to settle until the last flush.
+            await self._drain_inbox(self._reader)
+        tasks, self._tasks = self._tasks, []
+        await self.flusher.stop(_STOP_FLUSH_MS)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._reader is not None:
+            await self._reader.close()
+            self._reader = None
+        self._leased = False
+        try:
+            await self._presence.end_lease(self.name, self.boot)
+        except PresenceUnavailable:
+            _log.warning("the lease could not be ended; it ends by itself")
+
+    async def _drain_inbox(self, reader: Reader) -> None:
+        """What has come until now meets no connection any more: due rows, and the mark may pass it."""
+        deadline_ms = self._clock.mono_ms() + self.limits.stall_ms
+        while self._clock.mono_ms() < deadline_ms:
+            if self._bus.committed(self.inbox, NODE_GROUP) >= self._bus.published(self.inbox):
+                return
+            await asyncio.sleep(0.01)
+
+    def revoke(self, token_id: str) -> None:
+        """Close the sockets of a token that was revoked."""
+        self.handshake.revoke(token_id)
+
+    # -------------------------------------------------------------------------------------------- tasks
+
+    def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
+        self._tasks.append(asyncio.create_task(self._guard(work), name=f"node.{name}"))
+
+    async def _guard(self, work: Coroutine[None, None, None]) -> None:
+        """A task of the node ends only with the node."""
+        try:
+            await work
+            if not self._draining:
+                raise InternalError("a task of the node ended by itself")
+        except Exception as error:
+            self._fatal(error)
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """A task that ends by itself."""
+        task = asyncio.create_task(self._guard_short(work), name=f"node.{name}")
+        self._short.add(task)
+        task.add_done_callback(self._short.discard)
+
+    async def _guard_short(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._fatal(error)
+
+    def _fatal(self, error: BaseException) -> None:
+        if not self._failed:
+            self._failed = True
+            self._on_fatal(error)
+
+    # ------------------------------------------------------------------------------------------- timers
+
+    async def _sweep(self) -> None:
+        """Everything that is late, every 250 ms. A process that stood still gives its clients time first."""
+        limits = self.limits
+        last_ms = self._clock.mono_ms()
+        count = 0
+        while True:
+            await asyncio.sleep(limits.sweep_ms / 1000)
+            mono_ms = self._clock.mono_ms()
+            late_ms = mono_ms - last_ms - limits.sweep_ms
+            last_ms = mono_ms
+            if late_ms > limits.stall_ms:
+                # What arrived meanwhile is still in the sockets; its acks must be read before they are late.
+                self._grace_until_mono_ms = mono_ms + limits.stall_ms
+            self._hub.sweep(mono_ms)
+            for slot in self._wheel.sweep(mono_ms, limits.idle_ms, max(1, self._wheel.count)):
+                link = self._hub.link_at(slot)
+                if link is not None:
+                    observe.EVICTIONS.labels("idle").inc()
+                    link.close(CloseCode.IDLE, f"no frame for {limits.idle_ms:,} ms")
+            if mono_ms >= self._grace_until_mono_ms:
+                self.delivery.sweep(mono_ms)
+            self.catchup.sweep()
+            self.handshake.sweep(mono_ms)
+            count += 1
+            if count % _TOKEN_SWEEPS == 0:
+                self.handshake.sweep_tokens()
+
+    async def _hold_lease(self) -> None:
+        """Renew; a lease that is missing is registered again, and every session synced. Sockets stay."""
+        limits = self.limits
+        while True:
+            await asyncio.sleep(limits.renew_ms / 1000)
+            try:
+                if self._leased and await self._presence.renew(self.name, self.boot, limits.lease_ms):
+                    continue
+                self._leased = False
+                _log.warning("the presence lease is missing; registering again")
+                await self._presence.open_lease(self.name, self.boot, limits.lease_ms)
+                for session in self.pool:
+                    if session.link is not None and not session.joining:
+                        await self.handshake.register(session)
+                        self.catchup.sync(session, session.level_version, changes=False)
+                self._leased = True
+            except Unavailable as error:
+                _log.warning("presence did not answer: %s", error.detail)
+
+    def _on_gap(self, user: str, device: str, behind: Behind) -> None:
+        self.delivery.on_gap(user, device, behind.conv, behind.head)
+
+    def flows(self) -> dict[str, int]:
+        """Counters of this node; they only grow."""
+        flusher, delivery, catchup, commands = self.flusher, self.delivery, self.catchup, self.commands
+        return {
+            "acked": flusher.acked,
+            "expired": flusher.expired,
+            "due_requests": flusher.due_requests,
+            "flushes": flusher.flushes,
+            "store_failures": flusher.store_failures + catchup.store_failures,
+            "bus_failures": flusher.bus_failures + commands.bus_failures,
+            "delivered": delivery.delivered,
+            "streamed": catchup.streamed,
+            "skipped": catchup.skipped,
+            "syncs": catchup.syncs,
+            "moved": delivery.moved,
+            "malformed": delivery.malformed,
+            "probes": delivery.probes,
+            "late": delivery.late,
+            "submitted": commands.submitted,
+        }

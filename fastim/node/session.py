@@ -1,0 +1,192 @@
+"""What a node knows of one device: its window, what it lacks, and the inbox records that wait for it.
+
+A session outlives its connection by resume_ttl_ms, so that a hot resume can replay what was under way. Data
+and small rules only; who moves what is in delivery (live), catchup (behind) and handshake (birth and end).
+
+ conversation:  LEVEL ──live, room──▶ LEVEL
+                LEVEL ──window full, sync, gap, nudge, pull──▶ BEHIND ──streamed to the head──▶ LEVEL
+                any   ──ack timed out──▶ BEHIND, paused ──nudge, progress, sync, pull──▶ BEHIND
+
+N1  a live message is written only to a conversation that is LEVEL       tests/system/test_delivery.py
+N2  a Heard whose version changed while a page was read voids the page   tests/system/test_catchup.py
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastim.auth import Identity
+from fastim.bus.base import Record
+from fastim.model import Fate
+from fastim.node.link import Link
+
+CURSOR: Final = -1
+"""A position that says: from the device's durable cursor, read it then."""
+
+
+class Entry:
+    """An inbox record that was taken: settled when nothing holds it any more and a flush has committed."""
+
+    __slots__ = ("holds", "record")
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.holds = 0
+
+
+class Parcel:
+    """One tagged frame under way.
+
+    conv "" is a frame that settles nothing (LEVEL, or a hole in the tags after a hot resume).
+    fate None moves the cursor without writing a fate: own messages, and what is not this user's to settle.
+    """
+
+    __slots__ = (
+        "conv", "data", "entry", "fate", "from_seq", "is_msg", "msg_id", "session", "to_seq", "version",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        session: Session,
+        conv: str,
+        from_seq: int,
+        to_seq: int,
+        msg_id: int,
+        fate: Fate | None,
+        data: bytes,
+        *,
+        is_msg: bool,
+        entry: Entry | None = None,
+        version: int = 0,
+    ) -> None:
+        self.session = session
+        self.conv = conv
+        self.from_seq = from_seq
+        self.to_seq = to_seq
+        self.msg_id = msg_id
+        self.fate = fate
+        self.data = data
+        """For a replay: the shared tail of a MSG, the whole frame of any other."""
+        self.is_msg = is_msg
+        self.entry = entry
+        self.version = version
+        """Of a LEVEL: what the device has when it acknowledges it."""
+
+
+class Heard:
+    """A conversation that is BEHIND."""
+
+    __slots__ = ("dup", "paused", "position", "retry_mono_ms", "upto", "version")
+
+    def __init__(self, position: int, upto: int, *, dup: bool, paused: bool) -> None:
+        self.position = position
+        """Everything up to here was written on this session; CURSOR: unknown."""
+        self.upto = upto
+        """The highest seq heard of: level means at or above it."""
+        self.dup = dup
+        self.paused = paused
+        """Nothing is streamed until a nudge, a request or progress: the peer did not acknowledge."""
+        self.version = 0
+        self.retry_mono_ms = 0
+
+
+class Sync:
+    """One pass over what changed: pages of the change index, then LEVEL when all of it was streamed."""
+
+    __slots__ = ("changes", "paged", "reached", "since", "waiting")
+
+    def __init__(self, since: int, *, changes: bool) -> None:
+        self.since = since
+        self.changes = changes
+        """Also tell the list entries (CHANGES), not only stream messages."""
+        self.reached = 0
+        self.paged = False
+        self.waiting: set[str] = set()
+
+
+class Session:
+    """One authenticated device."""
+
+    __slots__ = (
+        "ack_slot", "badge", "behind", "busy", "detached_mono_ms", "device", "device_class",
+        "ended", "full_since_mono_ms", "generation", "head_version", "high", "id", "identity",
+        "joining", "level_version", "link", "probed_deadline_ms", "queued", "requests", "retries",
+        "ring", "stalled", "sync", "tag", "user",
+    )  # fmt: skip
+
+    def __init__(self, session_id: str, identity: Identity, device: str, device_class: str) -> None:
+        self.id = session_id
+        self.identity = identity
+        self.user = identity.user
+        self.device = device
+        self.device_class = device_class
+        self.generation = 0
+        """Of its presence attachment; 0 = not attached."""
+        self.link: Link | None = None
+        self.ack_slot = -1
+        self.tag = 0
+        self.ring: list[tuple[int, Parcel]] = []
+        """Without a connection: what was under way, by tag."""
+        self.high: dict[str, int] = {}
+        """After a hot resume, per conversation: the highest seq that the replay holds."""
+        self.behind: dict[str, Heard] = {}
+        self.sync: Sync | None = None
+        self.level_version = 0
+        """The newest change-index version that the device has acknowledged or brought."""
+        self.head_version = 0
+        """The newest change-index version that this node has read for the user."""
+        self.badge = 0
+        self.detached_mono_ms = 0
+        self.full_since_mono_ms = 0
+        """The window or write buffer has been full since then without an ack; 0 = it is not."""
+        self.probed_deadline_ms = 0
+        self.retries: dict[str, int] = {}
+        """conv -> repeats by this node since the last ack of the device."""
+        self.requests = 0
+        self.joining = False
+        """Between AUTH and HELLO: nothing else may be written yet."""
+        self.queued = False
+        self.busy = False
+        self.stalled = False
+        """Its stream waits for the next sweep: store away, or too much unwritten."""
+        self.ended = False
+
+    @property
+    def syncing(self) -> bool:
+        """Until the pages of the sync are read, nobody can say which conversations are LEVEL."""
+        return self.sync is not None and not self.sync.paged
+
+    def next_tag(self) -> int:
+        self.tag += 1
+        return self.tag
+
+    def put_behind(
+        self, conv: str, upto: int, position: int, *, dup: bool = False, paused: bool = False
+    ) -> Heard:
+        """Move a conversation to BEHIND, or keep it there from the lower of two positions (CURSOR wins)."""
+        heard = self.behind.get(conv)
+        if heard is None:
+            heard = self.behind[conv] = Heard(position, upto, dup=dup, paused=paused)
+            return heard
+        heard.upto = max(heard.upto, upto)
+        if position < heard.position or paused != heard.paused:
+            heard.position = min(heard.position, position)
+            heard.version += 1
+        heard.dup = heard.dup or dup
+        heard.paused = paused
+        return heard
+
+    def note_live(self, conv: str, seq: int) -> bool:
+        """A live message of a conversation that is BEHIND only raises what was heard. False: it is LEVEL."""
+        heard = self.behind.get(conv)
+        if heard is None:
+            return False
+        if seq > heard.upto:
+            heard.upto = seq
+        return True
+
+    def wants_stream(self) -> bool:
+        """Whether there is anything that a connection would be given now."""
+        if self.link is None or self.ended or self.joining:
+            return False
+        return self.syncing or any(not heard.paused for heard in self.behind.values())
