@@ -28,7 +28,7 @@ from fastim._core.acks import AckTable
 from fastim.bus.base import Reader, Record
 from fastim.bus.records import Deliver, InboxRecord, Kick, Mark, Nudge, Refusal, Reply, decode_inbox
 from fastim.clock import Clock
-from fastim.errors import UsageError
+from fastim.errors import PeerError, UsageError
 from fastim.model import FIRST_EVENT_KIND, Fate, Message, is_expired
 from fastim.node.catchup import Catchup
 from fastim.node.flush import Flusher
@@ -293,13 +293,15 @@ class Delivery:
 
         Raises PeerError("bad_ack") for a tag that was never sent; the session is then unchanged.
         """
+        if acked_tag > session.tag:
+            raise PeerError("bad_ack", f"tag is {acked_tag}; the last one sent was {session.tag}")
         slot = self._acks.open()
         mono_ms = self._clock.mono_ms()
         deadline_ms = mono_ms + self._limits.ack_timeout_ms
         ring, session.ring = session.ring, []
         try:
             self._refill(session, slot, ring, deadline_ms)
-            if acked_tag:
+            if ring and acked_tag:
                 self._acks.ack_to(slot, acked_tag)
         except BaseException:
             session.ring = ring

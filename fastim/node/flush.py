@@ -95,6 +95,7 @@ class Flusher:
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._stopping = False
+        self._committing = asyncio.Lock()
         self.reader: Reader | None = None
         """The inbox whose records are settled."""
         self.acked = 0
@@ -190,8 +191,11 @@ class Flusher:
         return True
 
     async def _commit(self) -> None:
-        if not self._pending:
-            return
+        async with self._committing:
+            if self._pending:
+                await self._commit_pending()
+
+    async def _commit_pending(self) -> None:
         hand, self._pending = self._pending, _Pending()
         due = tuple(hand.due.values())
         rows = hand.rows()
