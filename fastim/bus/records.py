@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from fastim.protocol import SendItem, SentItem
@@ -123,6 +125,9 @@ class Kick(BusRecord, tag=8, frozen=True):
 
 SubmitRecord = Submit | ReadNotice
 InboxRecord = Deliver | Reply | Nudge | Mark | Kick
+
+MALFORMED: Final = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What decoding raises for bytes that are no record; msgspec lets the second through for bad UTF-8."""
 
 encode = msgspec.msgpack.Encoder().encode
 decode_submit = msgspec.msgpack.Decoder(SubmitRecord).decode

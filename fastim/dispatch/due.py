@@ -16,10 +16,8 @@ from __future__ import annotations
 import asyncio
 import random
 
-import msgspec
-
 from fastim.bus.base import Outgoing, Record
-from fastim.bus.records import decode_undelivered
+from fastim.bus.records import MALFORMED, decode_undelivered
 from fastim.clock import Clock
 from fastim.dispatch.ledger import Flows
 from fastim.dispatch.limits import DispatchLimits
@@ -81,7 +79,7 @@ class DueLoop:
         for record in batch:
             try:
                 found = decode_undelivered(record.value)
-            except msgspec.MsgspecError:
+            except MALFORMED:
                 self._flows.malformed += 1
                 continue
             pair = (found.user, found.conv)

@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from fastim.bus.base import Outgoing, Record, inbox_topic
-from fastim.bus.records import Mark, ReadNotice, Refusal, Reply, Submit, decode_submit, encode
+from fastim.bus.records import MALFORMED, Mark, ReadNotice, Refusal, Reply, Submit, decode_submit, encode
 from fastim.clock import Clock
 from fastim.dispatch.ledger import Flows
 from fastim.dispatch.limits import DispatchLimits
@@ -115,7 +115,7 @@ class SubmitWorker:
         for record in records:
             try:
                 decoded = decode_submit(record.value)
-            except msgspec.MsgspecError:
+            except MALFORMED:
                 self._flows.malformed += 1
                 continue
             if isinstance(decoded, Submit):

@@ -142,7 +142,7 @@ def _per_item(content: bytes, count: int) -> list[PushResult]:
         return ok
     try:
         items = _decode(content).results
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return ok
     if items is None or len(items) != count:
         return ok

@@ -115,7 +115,16 @@ class TestWebhookVendor(PushVendorContract):
             outcomes = [(result.outcome, result.retry_after_ms) for result in found]
             assert outcomes == [(PushOutcome.OK, 0), (PushOutcome.GONE, 0), (PushOutcome.RETRY, 1234)]
 
-    @pytest.mark.parametrize("body", [b"hello", b'{"results": [{"outcome": "gone"}]}', b'{"results": 7}'])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"hello",
+            b"\xff",
+            b'{"results": 7}',
+            b'{"results": [{"outcome": "gone"}]}',
+            b'{"results": [{"outcome": "\xff"}]}',
+        ],
+    )
     async def test_a_success_with_an_unusable_body_is_ok(self, body: bytes) -> None:
         async with webhook(["ok"], body) as (vendor, _):
             found = await vendor.send([notification(1), notification(2)])
