@@ -105,6 +105,8 @@ class CloseCode(enum.IntEnum):
     TOO_BIG = 1009
     INTERNAL = 1011
     RESTART = 1012
+    TRY_LATER = 1013
+    """A backend of the node is away."""
     IDLE = 4000
     """No frame for idle_ms."""
     HALF_OPEN = 4008
@@ -691,14 +693,18 @@ _FRAME_TYPES: Final[dict[int, type[Frame]]] = {
 _DECODERS: Final = {op: msgspec.msgpack.Decoder(kind).decode for op, kind in _FRAME_TYPES.items()}
 
 
-def encode_msg_tail(message: Message) -> bytes:
-    """The 13 elements of MSG that are the same for every recipient, without an array header."""
-    item = HistoryItem(
+def history_item(message: Message) -> HistoryItem:
+    """A stored message as the wire shows it."""
+    return HistoryItem(
         message.msg_id, message.conv, message.seq, message.cseq, message.epoch, message.sender,
         message.client_id, message.kind, message.ts_ms, message.loss_time_ms, message.flags, message.body,
         list(message.mentions),
     )  # fmt: skip
-    return encode(item)[1:]
+
+
+def encode_msg_tail(message: Message) -> bytes:
+    """The 13 elements of MSG that are the same for every recipient, without an array header."""
+    return encode(history_item(message))[1:]
 
 
 def encode_msg(tag: int, dup: bool, tail: bytes) -> bytes:
