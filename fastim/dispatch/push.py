@@ -107,7 +107,8 @@ class PushLoop:
         batch = [
             Notification(
                 row.push_id, row.user, row.conv, row.msg_id, row.sender,
-                preview(row.kind, row.flags, row.body, self._kinds, most_chars), row.badge, row.pending, row.expires_ms,
+                preview(row.kind, row.flags, row.body, self._kinds, most_chars),
+                row.badge, row.pending, row.expires_ms,
             )
             for row in rows
         ]  # fmt: skip

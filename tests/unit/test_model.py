@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastim import model
 from fastim.errors import PeerError
-from fastim.model import DEFAULT_KINDS, Fate, Kind, KindRule, Message
+from fastim.model import DEFAULT_KINDS, Fate, Flag, Kind, KindRule, Message
 from fastim.store.base import SHARDS, ObligationState, shard_of
 from tests.vectors.notation import expand, load
 
@@ -202,3 +202,32 @@ def test_a_kind_rule_takes_no_unknown_field() -> None:
 def test_fates_are_states_of_an_obligation_under_the_same_number() -> None:
     for fate in Fate:
         assert ObligationState[fate.name] == fate
+
+
+# ------------------------------------------------------------------------------------------------ preview
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "body", "shown"),
+    [
+        (Kind.TEXT, 0, "你好  bob\n how\tare you".encode(), "你好 bob how are you"),
+        (Kind.TEXT, 0, b"x" * 200, "x" * 20),
+        (Kind.TEXT, 0, "漢".encode() * 200, "漢" * 20),
+        (Kind.TEXT, 0, b"", "[message]"),
+        (Kind.TEXT, 0, b"\xff\xfe", "[message]"),
+        (Kind.TEXT, Flag.SEALED, b"secret", "[message]"),
+        (Kind.IMAGE, 0, b"\x80", "[image]"),
+        (Kind.IMAGE, Flag.SEALED, b"secret", "[message]"),
+        (Kind.CUSTOM, 0, b"whatever", "[message]"),
+        (Kind.MEMBER, 0, b"whatever", "[message]"),
+        (999, 0, b"whatever", "[message]"),
+    ],
+)
+def test_a_preview_shows_text_words_for_other_kinds_and_never_what_is_sealed(
+    kind: int, flags: int, body: bytes, shown: str
+) -> None:
+    assert model.preview(kind, flags, body, DEFAULT_KINDS, 20) == shown
+
+
+def test_a_preview_of_no_characters_shows_no_text() -> None:
+    assert model.preview(Kind.TEXT, 0, b"secret", DEFAULT_KINDS, 0) == "[message]"
