@@ -64,7 +64,7 @@ class DueLoop:
         """Until the intake ends, or dispatch stops while the store is away."""
         try:
             while batch := await intake.next():
-                await self._fold(batch)
+                await self.fold(batch)
                 intake.settle(batch)
                 self.wake()
         except Stopped:
@@ -72,8 +72,9 @@ class DueLoop:
         finally:
             await intake.close()
 
-    async def _fold(self, batch: list[Record]) -> None:
-        """The node has committed these due rows before it published; asking again changes nothing then."""
+    async def fold(self, batch: list[Record]) -> None:
+        """Due rows for a batch of `undelivered`. The node has committed them before it published; asking
+        again changes nothing then."""
         now_ms = self._clock.wall_ms()
         due: dict[tuple[str, str], DueRequest] = {}
         for record in batch:

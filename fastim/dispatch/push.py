@@ -3,13 +3,21 @@
 A push is never the delivery: whatever a vendor answers, the message stays parked until a device acks it. The
 collapse window and "nothing pending any more" are the store's; here are the words, the deadline and the
 retries. Without any vendor a push is counted and dropped.
+
+V1  a push is sent while something that may ring waits, at least once   tests/system/test_dispatch_push.py
+V2  never after an ack, never after the deadline                        same
+V3  a vendor that fails in any way costs a retry, nothing else          same
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
 
 from fastim.clock import Clock
 from fastim.dispatch.ledger import Flows
@@ -20,14 +28,17 @@ from fastim.model import Flag, KindRule, is_expired, preview
 from fastim.push.base import Notification, PushOutcome, PushResult, PushVendor
 from fastim.store.base import MessageStore, PushRow
 
-_RETRY = PushResult(PushOutcome.RETRY)
+_log = logging.getLogger("fastim.dispatch.push")
+
+_RETRY: Final = PushResult(PushOutcome.RETRY)
+_LOOKED_AT: Final = 200
+"""How far back a row whose newest message may not ring is searched for one that may."""
 
 
-def is_silent(row: PushRow, kinds: Mapping[int, KindRule]) -> bool:
-    """Whether nothing that waits here may ring: the newest may not, and it waits alone."""
-    rule = kinds.get(row.kind)
-    may_ring = rule is not None and rule.push and not row.flags & Flag.NO_PUSH
-    return not may_ring and row.pending <= 1
+def may_ring(kind: int, flags: int, kinds: Mapping[int, KindRule]) -> bool:
+    """Whether kind and flags allow a phone to ring."""
+    rule = kinds.get(kind)
+    return rule is not None and rule.push and not flags & Flag.NO_PUSH
 
 
 class PushLoop:
@@ -76,30 +87,56 @@ class PushLoop:
         if not next_ms or next_ms > now_ms:
             return False
         rows = await self._store.claim_push(self._holder, now_ms, limits.push_claim_ms, limits.push_batch)
-        loud = [row for row in rows if self._may_send(row, now_ms)]
+        loud = [found for row in rows if (found := await self._loud(row, now_ms)) is not None]
         results = await self._send(loud) if loud else []
         retry_at = dict.fromkeys((row.push_id for row in rows), 0)
         now_ms = self._clock.wall_ms()
         for row, result in zip(loud, results, strict=True):
             retry_at[row.push_id] = self._retry_at_ms(row, result, now_ms)
-        await asyncio.gather(
+        finished = await asyncio.gather(
             *(
                 self._store.finish_push(self._holder, row, now_ms, retry_at_ms=retry_at[row.push_id])
                 for row in rows
-            )
+            ),
+            return_exceptions=True,
         )
+        for error in finished:
+            if error is not None:
+                raise error
         return len(rows) == limits.push_batch
 
-    def _may_send(self, row: PushRow, now_ms: int) -> bool:
+    async def _loud(self, row: PushRow, now_ms: int) -> PushRow | None:
+        """The row as it may be shown; None: nothing of it may ring now."""
         if not self._vendors:
             self._flows.push_no_vendor += 1
         elif is_expired(row.expires_ms, now_ms):
             self._flows.push_expired += 1
-        elif is_silent(row, self._kinds):
-            self._flows.push_silent += 1
+        elif may_ring(row.kind, row.flags, self._kinds):
+            return row
+        elif row.pending > 1 and (older := await self._older_loud(row, now_ms)) is not None:
+            return older
         else:
-            return True
-        return False
+            self._flows.push_silent += 1
+        return None
+
+    async def _older_loud(self, row: PushRow, now_ms: int) -> PushRow | None:
+        """The newest message that waits and may ring, behind a newest one that may not."""
+        messages, _ = await self._store.history(
+            row.user, row.conv, before_seq=0, after_seq=0, from_ms=0, to_ms=0, limit=_LOOKED_AT, now_ms=now_ms
+        )
+        left = row.pending
+        for message in reversed(messages):
+            if message.sender == row.user:
+                continue
+            if left == 0:
+                break
+            left -= 1
+            if may_ring(message.kind, message.flags, self._kinds):
+                return msgspec.structs.replace(
+                    row, msg_id=message.msg_id, sender=message.sender, kind=message.kind,
+                    flags=message.flags, body=message.body, expires_ms=message.loss_time_ms,
+                )  # fmt: skip
+        return None
 
     async def _send(self, rows: list[PushRow]) -> list[PushResult]:
         """The worst outcome per row over the vendors: RETRY, then OK, then GONE."""
@@ -123,6 +160,10 @@ class PushLoop:
             async with asyncio.timeout(self._limits.push_deadline_ms / 1000):
                 results = await vendor.send(batch)
         except (TimeoutError, Unavailable):
+            return [_RETRY] * len(batch)
+        except Exception:
+            # A vendor is a plug-in: its bug may cost notifications, never the dispatcher.
+            _log.exception("push vendor %s failed", vendor.name)
             return [_RETRY] * len(batch)
         return results if len(results) == len(batch) else [_RETRY] * len(batch)
 

@@ -24,6 +24,7 @@ class RecordingVendor:
         self.error: Exception | None = None
         """Raised by send() while set."""
         self.hangs = False
+        self.answers_too_few = False
         self.closed = False
 
     async def send(self, batch: Sequence[Notification]) -> list[PushResult]:
@@ -32,6 +33,8 @@ class RecordingVendor:
             raise self.error
         if self.hangs:
             await asyncio.Event().wait()
+        if self.answers_too_few:
+            return []
         results = [self.plan.pop(0) if self.plan else OK for _ in batch]
         for notification, result in zip(batch, results, strict=True):
             if result.outcome is PushOutcome.OK:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -34,11 +35,14 @@ from fastim.presence.memory import MemoryPresence
 from fastim.protocol import SendItem
 from fastim.push.base import PushVendor
 from fastim.store.base import Flush, MessageStore, Settled
-from naive_store import NaiveStore
+from fastim.store.sqlite import SqliteStore
 
 T = TypeVar("T", bound=InboxRecord)
 START_WALL_MS = 1_790_000_000_000
 LEASE_MS = 10**12
+LIMITS = DispatchLimits(
+    retry_first_ms=1, retry_most_ms=1, store_patience_ms=0, bus_patience_ms=0, recover_batch=2
+)
 
 
 class HandClock:
@@ -69,6 +73,8 @@ class FaultyStore:
 
     def __init__(self, store: MessageStore) -> None:
         self.inner = store
+        self.before: dict[str, Callable[[], Awaitable[None]]] = {}
+        """Run once, before the named call."""
         self.failing: dict[str, int] = {}
         """How often the named call still fails before it works again."""
         self.temporary = True
@@ -79,6 +85,8 @@ class FaultyStore:
 
         async def watched(*args: object, **kwargs: object) -> object:
             self.calls.append(name)
+            if name in self.before:
+                await self.before.pop(name)()
             if self.failing.get(name, 0):
                 self.failing[name] -= 1
                 raise StoreUnavailable("planted", temporary=self.temporary)
@@ -128,9 +136,9 @@ class World:
         self.presence = FaultyPresence(clock, boot << 32)
         self.vendors: list[PushVendor] = []
         self.fatal: list[BaseException] = []
-        self.limits = DispatchLimits(
-            retry_first_ms=1, retry_most_ms=1, store_patience_ms=0, bus_patience_ms=0, recover_batch=2
-        )
+        self.rng = random.Random(7)
+        self.limits = LIMITS
+        self.attached: dict[tuple[str, str], Attachment] = {}
         self.inboxes: dict[str, Reader] = {}
         self.out: dict[str, list[Record]] = {}
         """Records that a node has taken and not settled."""
@@ -145,15 +153,21 @@ class World:
         self.submit_intake: Intake = self.dispatch.intake(SUBMIT)
         self.undelivered_intake: Intake = self.dispatch.intake(UNDELIVERED)
 
-    def build(self, presence: PresenceStore) -> Dispatch:
+    async def close_intakes(self) -> None:
+        """Leave `submit` and `undelivered` to a Dispatch that runs by itself."""
+        await self.submit_intake.close()
+        await self.undelivered_intake.close()
+
+    def build(self, presence: PresenceStore, holder: str = "dispatch") -> Dispatch:
         return Dispatch(
             self.faults,  # type: ignore[arg-type]
             self.bus,
             presence,
             self.vendors,
             clock=self.clock,
-            rng=random.Random(7),
+            rng=self.rng,
             limits=self.limits,
+            holder=holder,
             on_fatal=self.fatal.append,
         )
 
@@ -173,7 +187,26 @@ class World:
     async def attach(self, user: str, node: str = "n1", device: str = "phone") -> Attachment:
         session = f"{user}-{device}"
         found, _ = await self.presence.attach(user, device, "app", node, self.boot, session)
+        self.attached[user, device] = found
         return found
+
+    def attach_now(self, user: str, node: str = "n1", device: str = "phone") -> None:
+        """The same between two awaits of somebody else: the embedded presence never waits."""
+        with contextlib.suppress(StopIteration):
+            self.attach(user, node, device).send(None)
+
+    async def leave(self, user: str, device: str = "phone", grace_ms: int = 0) -> None:
+        until_ms = self.clock.wall_ms() + grace_ms if grace_ms else 0
+        assert await self.presence.detach(user, device, self.attached[user, device].generation, until_ms)
+
+    def at_next_lookup(self, happen: Callable[[], None]) -> None:
+        """A race: between presence's next answer and what dispatch makes of it."""
+
+        def once(_number: int) -> None:
+            self.presence.after_lookup = lambda _number: None  # type: ignore[method-assign]
+            happen()
+
+        self.presence.after_lookup = once  # type: ignore[method-assign]
 
     async def send(
         self,
@@ -256,6 +289,12 @@ class World:
         (reply,) = await self.replies()
         return reply
 
+    async def fold(self) -> None:
+        """One batch of `undelivered`."""
+        batch = await self.undelivered_intake.next()
+        await self.dispatch.due.fold(batch)
+        self.undelivered_intake.settle(batch)
+
     async def fire(self, after_ms: int = 0) -> None:
         """Let time pass, then everything that is due."""
         self.clock.passed_ms += after_ms
@@ -281,7 +320,7 @@ class World:
 @asynccontextmanager
 async def world(path: Path, limits: DispatchLimits | None = None) -> AsyncIterator[World]:
     clock = HandClock()
-    store = NaiveStore()
+    store = await SqliteStore.open(path)
     found = World(store, clock)
     await found.open(limits)
     try:

@@ -49,7 +49,9 @@ async def test_a_batch_keeps_the_order_of_each_conversation(tmp_path: Path) -> N
         await w.known("alice", "bob", "carol")
         await w.attach("bob", "n2")
         for number in range(1, 21):
-            await w.send(CONV if number % 2 else "p:bob:carol", "alice" if number % 2 else "carol", item(number))
+            await w.send(
+                CONV if number % 2 else "p:bob:carol", "alice" if number % 2 else "carol", item(number)
+            )
         await w.work()
         delivers = await w.delivers("n2")
         for conv in (CONV, "p:bob:carol"):
@@ -163,8 +165,8 @@ async def test_a_refused_frame_leaves_the_rest_of_its_batch_alone(tmp_path: Path
         assert len(await w.delivers("n2")) == 1
         assert w.faults.calls.count("append") == 1
         assert w.dispatch.flows.refused == {
-            "not_member": 1, "unknown_group": 1, "unknown_user": 1, "expired": 1, "bad_conv": 2, "forbidden": 1,
-            "too_big": 1,
+            "not_member": 1, "unknown_group": 1, "unknown_user": 1, "expired": 1, "bad_conv": 2,
+            "forbidden": 1, "too_big": 1,
         }  # fmt: skip
 
 
@@ -256,7 +258,9 @@ async def test_a_store_that_comes_back_costs_only_time(tmp_path: Path) -> None:
         assert w.dispatch.flows.store_failures == 3
 
 
-async def test_a_store_that_stays_away_refuses_retryably_and_the_same_send_works_later(tmp_path: Path) -> None:
+async def test_a_store_that_stays_away_refuses_retryably_and_the_same_send_works_later(
+    tmp_path: Path,
+) -> None:
     async with world(tmp_path) as w:
         await pair(w)
         w.faults.failing["append"] = 1
@@ -349,4 +353,7 @@ async def test_a_private_or_group_read_mark_stays_with_the_user(tmp_path: Path) 
         await w.read_notice(CONV, "alice", 5, private=True)
         await w.read_notice("g:team", "alice", 6)
         await w.work()
-        assert [(m.conv, m.to_users) for m in await w.marks("n2")] == [(CONV, ["alice"]), ("g:team", ["alice"])]
+        assert [(m.conv, m.to_users) for m in await w.marks("n2")] == [
+            (CONV, ["alice"]),
+            ("g:team", ["alice"]),
+        ]
