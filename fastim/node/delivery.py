@@ -297,11 +297,10 @@ class Delivery:
             raise PeerError("bad_ack", f"tag is {acked_tag}; the last one sent was {session.tag}")
         slot = self._acks.open()
         mono_ms = self._clock.mono_ms()
-        deadline_ms = mono_ms + self._limits.ack_timeout_ms
         ring, session.ring = session.ring, []
         try:
-            self._refill(session, slot, ring, deadline_ms)
-            if ring and acked_tag:
+            self._refill(session, slot, ring, mono_ms)
+            if acked_tag:
                 self._acks.ack_to(slot, acked_tag)
         except BaseException:
             session.ring = ring
@@ -313,14 +312,23 @@ class Delivery:
         session.full_since_mono_ms = 0
         self._by_slot[slot] = session
 
-    def _refill(self, session: Session, slot: int, ring: list[tuple[int, Parcel]], deadline_ms: int) -> None:
-        """Tags are consecutive in the table: those that were acknowledged one by one become holes."""
-        if not ring:
+    def _refill(self, session: Session, slot: int, ring: list[tuple[int, Parcel]], mono_ms: int) -> None:
+        """Tags are consecutive in the table: those that were acknowledged one by one become holes.
+
+        A hole leaves the window at once; it is there so that an ack of its tag, late or repeated, is known.
+        """
+        if session.tag == 0:
             return
+        deadline_ms = mono_ms + self._limits.ack_timeout_ms
         held = dict(ring)
-        for tag in range(ring[0][0], session.tag + 1):
-            parcel = held.get(tag) or Parcel(session, "", 0, 0, 0, None, b"", is_msg=False)
-            self._acks.insert(slot, tag, parcel.msg_id, parcel, len(parcel.data), deadline_ms)
+        for tag in range(ring[0][0] if ring else session.tag, session.tag + 1):
+            parcel = held.get(tag)
+            if parcel is None:
+                hole = Parcel(session, "", 0, 0, 0, None, b"", is_msg=False)
+                self._acks.insert(slot, tag, 0, hole, 0, mono_ms)
+            else:
+                self._acks.insert(slot, tag, parcel.msg_id, parcel, len(parcel.data), deadline_ms)
+        self._acks.take_overdue(slot, mono_ms)
 
     def replay(self, session: Session) -> int:
         """Write what is under way once more, after HELLO; returns how many frames."""
@@ -350,10 +358,18 @@ class Delivery:
         self._retrying.discard(session)
         session.ring = [(tag, item) for tag, item in self._acks.items(slot) if isinstance(item, Parcel)]
         self._acks.close(slot)
-        self._move(session, [parcel for _, parcel in session.ring], due_at_ms, reason, urgent=urgent)
+        parcels = [parcel for _, parcel in session.ring]
+        self._move(session, parcels, due_at_ms, reason, urgent=urgent, tell=urgent)
 
     def _move(
-        self, session: Session, parcels: list[Parcel], due_at_ms: int, reason: str, *, urgent: bool
+        self,
+        session: Session,
+        parcels: list[Parcel],
+        due_at_ms: int,
+        reason: str,
+        *,
+        urgent: bool,
+        tell: bool,
     ) -> dict[str, int]:
         """Due rows for what was not acknowledged. Returns conversation -> highest seq."""
         flusher = self._flusher
@@ -367,7 +383,7 @@ class Delivery:
                     lowest[conv] = min(parcel.from_seq, lowest.get(conv, parcel.from_seq))
         for conv, from_seq in lowest.items():
             flusher.ask_due(session.user, conv, from_seq, due_at_ms, urgent=urgent)
-            if urgent:
+            if tell:
                 flusher.tell_undelivered(session.user, session.device, conv, from_seq, reason)
         for parcel in parcels:
             if parcel.entry is not None:
@@ -413,7 +429,9 @@ class Delivery:
         parcels = [item for item in late if isinstance(item, Parcel)]
         self.late += len(parcels)
         now_ms = self._clock.wall_ms()
-        for conv, highest in self._move(session, parcels, now_ms, "timeout", urgent=True).items():
+        # Not urgent: a row that stands already keeps its back-off, or every late frame would cost an attempt.
+        moved = self._move(session, parcels, now_ms, "timeout", urgent=False, tell=True)
+        for conv, highest in moved.items():
             heard = session.put_behind(conv, highest, CURSOR, dup=True, paused=True)
             observe.BEHIND.labels("timeout").inc()
             if self._watched_here(session):
