@@ -98,6 +98,7 @@ cdef class CoreConnection(WSListener):
         uint64_t _user_cursor
         uint64_t _received_ms
         uint64_t _auth_by_ms    # 0 once authenticated
+        uint64_t _stuck_ms      # _received_ms when the sweep saw half a WebSocket frame
 
         # A fragmented message; _fragments is 0 when there is none.
         uint8_t* _part
@@ -135,7 +136,7 @@ cdef class CoreConnection(WSListener):
     cdef int _acked(self, int op, const uint8_t* p, Py_ssize_t n) except -1
     cdef int _refuse(self, int op, object error) except -1
     cdef void _drop_part(self) noexcept nogil
-    cdef void _set_deadline(self) noexcept nogil
+    cdef void _set_deadline(self, uint64_t mono_ms) noexcept nogil
 
     cdef int _room(self, Py_ssize_t more) except -1
     cdef int _seal(self) except -1
@@ -145,6 +146,7 @@ cdef class CoreConnection(WSListener):
     cdef int _write(self, const char* p, Py_ssize_t n) except -1
     cdef void _drop_out(self) noexcept nogil
     cdef Py_ssize_t _waiting(self) except -1
-    cdef int _late(self) except -1
+    cdef int _late(self, uint64_t mono_ms) except -1
+    cdef bint _unfinished(self) except -1
     cdef int _end(self, int code, bint orderly) except -1
     cdef int _tell(self) except -1

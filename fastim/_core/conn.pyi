@@ -15,6 +15,7 @@ class _Owner(Protocol):
 
 DEBUG: Final[bool]
 PICOWS: Final[str]
+READ_BUFFER_BYTES: Final[int]
 
 def live() -> dict[str, int]: ...
 

@@ -82,6 +82,8 @@ cdef enum:
     SWEPT_AT_ONCE = 256
     SPARE_BYTES = 6             # a packet of 65,536 bytes has a longer header than its gap
 
+    READ_BUFFER = 2_048         # picows' least; what the listener must ask for, see _unfinished
+
     CLOSE_PROTOCOL = 1002
     CLOSE_TEXT = 1003
     CLOSE_NO_CODE = 1005
@@ -91,6 +93,8 @@ cdef enum:
     CLOSE_SLOW = 4408
     CLOSE_AUTH = 4501
     CLOSE_BAD_FRAME = 4509
+
+READ_BUFFER_BYTES = READ_BUFFER
 
 
 def live() -> dict[str, int]:
@@ -192,9 +196,9 @@ cdef class CoreHub:
         }
 
     def sweep(self, uint64_t mono_ms) -> int:
-        """End the links that are late with AUTH, a fragmented message or closing; how many that were.
+        """End the links that are late with AUTH, an unfinished message or closing; how many that were.
 
-        O(slots ever held at once).
+        Call it every 250 ms. O(slots ever held at once), 8 bytes each; a link is looked at every fragment_ms.
         """
         cdef uint32_t[SWEPT_AT_ONCE] slots
         cdef int found = SWEPT_AT_ONCE
@@ -209,10 +213,9 @@ cdef class CoreHub:
                 if link is None:
                     continue
                 try:
-                    link._late()
+                    ended += link._late(mono_ms)
                 except BaseException as error:
                     link._broken(error)
-                ended += 1
         return ended
 
     cdef int _sweep(self, uint64_t mono_ms, uint32_t* out, int cap) noexcept nogil:
@@ -358,7 +361,7 @@ cdef class CoreConnection(WSListener):
         if value:
             self._auth_by_ms = 0
         if self._state == OPEN:
-            self._set_deadline()
+            self._set_deadline(_clock_ms(CLOCK_MONOTONIC))
 
     @property
     def closed(self) -> bool:
@@ -385,7 +388,7 @@ cdef class CoreConnection(WSListener):
             self._state = CLOSING
             self._drop_out()
             self._drop_part()
-            self._set_deadline()
+            self._set_deadline(_clock_ms(CLOCK_MONOTONIC))
 
     def bind(self, int ack_slot) -> None:
         """From now on ACK and ACKS resolve in this ack slot without Python; -1 unbinds.
@@ -412,13 +415,16 @@ cdef class CoreConnection(WSListener):
         msg_prefix_c(prefix, tag, dup)
         self.send_c(prefix, MSG_PREFIX_BYTES, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
 
-    def close(self, int code, str reason="") -> None:
+    def close(self, int code, str reason not None="") -> None:
         """Write what is queued, then a close frame; abort close_ms later if the peer is not done. Idempotent.
 
         A reason above 123 bytes is cut. Raises UsageError for a code that no close frame may carry.
         """
-        if self._state == OPEN:
-            self.close_c(code, reason.encode("utf-8", "replace"))
+        if self._state != OPEN:
+            return
+        if not _is_close_code(code):
+            raise UsageError(f"close code is {code}; limits 1000-1003, 1007-1014 and 3000-4999")
+        self.close_c(code, reason.encode("utf-8", "replace"))
 
     def abort(self) -> None:
         """Drop the socket and what is queued."""
@@ -494,7 +500,7 @@ cdef class CoreConnection(WSListener):
         self._state = OPEN
         self._received_ms = now
         self._auth_by_ms = now + self.hub.auth_ms
-        self._set_deadline()
+        self._set_deadline(now)
         transport.underlying_transport.set_write_buffer_limits(0)
         if self.hub.accept is None:
             self.abort_c(False)
@@ -577,13 +583,12 @@ cdef class CoreConnection(WSListener):
         self._fragments += 1
         if first:
             self._part_since_ms = self._received_ms
-            self._set_deadline()
+            self._set_deadline(self._received_ms)
         if not frame.fin:
             return 0
         message = self._part
         self._part = NULL
         self._drop_part()
-        self._set_deadline()
         try:
             return self._packet_in(message, size)
         finally:
@@ -873,15 +878,13 @@ cdef class CoreConnection(WSListener):
     cdef int close_c(self, int code, bytes reason) except -1:
         """Write what is queued and a close frame; code 0: a frame without one. A no-op unless OPEN.
 
-        Never calls the owner.
+        The caller knows that the code may be sent. Never calls the owner.
         """
         cdef char[2 + MAX_REASON_BYTES] payload
         cdef Py_ssize_t n = PyBytes_GET_SIZE(reason)
         cdef const uint8_t* p = <const uint8_t*>PyBytes_AS_STRING(reason)
         if self._state != OPEN:
             return 0
-        if code != 0 and not _is_close_code(code):
-            raise UsageError(f"close code is {code}; limits 1000-1003, 1007-1014 and 3000-4999")
         if n > MAX_REASON_BYTES:
             n = MAX_REASON_BYTES
             while n > 0 and p[n] & 0xC0 == 0x80:    # not in the middle of a character
@@ -892,7 +895,7 @@ cdef class CoreConnection(WSListener):
         self._control(WSMsgType.CLOSE, payload, 2 + n if code != 0 else 0)
         self._state = CLOSING
         self.close_code = code if code != 0 else CLOSE_NO_CODE
-        self._set_deadline()
+        self._set_deadline(_clock_ms(CLOCK_MONOTONIC))
         self._drop_part()
         # picows must send nothing behind it.
         self._transport.is_close_frame_sent = True
@@ -906,26 +909,51 @@ cdef class CoreConnection(WSListener):
             transport.underlying_transport.abort()
         return 0
 
-    cdef void _set_deadline(self) noexcept nogil:
-        """When the sweep should look at this link; 0: never."""
-        cdef uint64_t at_ms = self._auth_by_ms
-        cdef uint64_t part_ms
+    cdef void _set_deadline(self, uint64_t mono_ms) noexcept nogil:
+        """When the sweep looks at this link next; late by itself, or it finds nothing and sets the next time."""
+        cdef uint64_t at_ms = mono_ms + self.hub.fragment_ms
         if self._state == CLOSING:
-            at_ms = _clock_ms(CLOCK_MONOTONIC) + self.hub.close_ms
-        elif self._fragments > 0:
-            part_ms = self._part_since_ms + self.hub.fragment_ms
-            at_ms = part_ms if at_ms == 0 or part_ms < at_ms else at_ms
+            at_ms = mono_ms + self.hub.close_ms
+        else:
+            if self._fragments > 0 and self._part_since_ms + self.hub.fragment_ms < at_ms:
+                at_ms = self._part_since_ms + self.hub.fragment_ms
+            if 0 < self._auth_by_ms < at_ms:
+                at_ms = self._auth_by_ms
         self.hub._deadlines[self.slot] = at_ms
 
-    cdef int _late(self) except -1:
-        """The sweep found the deadline past."""
+    cdef int _late(self, uint64_t mono_ms) except -1:
+        """The deadline is past: 1 when this link was ended for it, else 0."""
         if self._state == CLOSING:
-            return self.abort_c(self._peer_closed or self._peer_ended)
+            self.abort_c(self._peer_closed or self._peer_ended)
+            return 1
         if self._state != OPEN:
             return 0
-        if not self._authenticated:
-            return self.close_c(CLOSE_AUTH, b"no AUTH in time")
-        return self.close_c(CLOSE_SLOW, b"a message was not finished in time")
+        if 0 < self._auth_by_ms <= mono_ms:
+            self.close_c(CLOSE_AUTH, b"no AUTH in time")
+            return 1
+        if self._fragments > 0 and self._part_since_ms + self.hub.fragment_ms <= mono_ms:
+            self.close_c(CLOSE_SLOW, b"a message was not finished in time")
+            return 1
+        if self._received_ms + self.hub.fragment_ms <= mono_ms and self._unfinished():
+            # Nobody knows when this half frame began, so it gets one more round.
+            if self._stuck_ms == self._received_ms:
+                self.close_c(CLOSE_SLOW, b"a frame was not finished in time")
+                return 1
+            self._stuck_ms = self._received_ms
+        self._set_deadline(mono_ms)
+        return 0
+
+    cdef bint _unfinished(self) except -1:
+        """Whether picows holds the beginning of a WebSocket frame: its read buffer is not all free.
+
+        Free it is 256 bytes less than READ_BUFFER_BYTES, doubled as often as it had to grow. Exactly half a buffer
+        passes for free; such a peer is left to the wheel.
+        """
+        cdef Py_ssize_t whole = READ_BUFFER - 256
+        cdef Py_ssize_t free_bytes = len(self._transport.underlying_transport.get_protocol().get_buffer(-1))
+        while whole < free_bytes:
+            whole *= 2
+        return free_bytes != whole
 
     cdef int _end(self, int code, bint orderly) except -1:
         """The socket is gone, or given up: free everything and have the owner told."""

@@ -1,7 +1,7 @@
 """Listen, upgrade, and refuse: from an accepted socket to a link that the node owns.
 
-Hides HTTP and TLS: which upgrades are taken, what a refusal looks like, where certificates come from. Every
-refusal happens before 101 and before a link exists, so nothing has to be undone.
+Hides sockets, TLS transports and picows' protocol object. Every refusal happens before 101 and before a link
+exists, so nothing has to be undone.
 
     accepted ──TLS ≤ 5 s──▶ request ≤ 5 s ──checks──▶ 101, link ──AUTH ≤ 5 s──▶ session
                                 │             └─▶ 4xx, 5xx          └─▶ 4501
@@ -11,49 +11,62 @@ V1  an upgrade never raises into the library and never leaves a link behind     
 V2  only failures are limited per address; whoever authenticates is never counted        same
 V3  plain sockets listen on loopback (dev) or talk to listed balancers only              same
 V4  a bad certificate pair never replaces a good one              tests/system/test_tls.py
-Source: promises, "Limits to ship"; docs/adr/0040.
+Which requests are taken is upgrade.py's, certificates are tls.py's. Source: promises, "Limits to ship";
+docs/adr/0040.
 """
 
 from __future__ import annotations
 
 import asyncio
-import datetime
 import ipaddress
 import logging
-import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Final
 
 import aiofastnet
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from fastim._core.conn import CoreConnection, CoreHub
 from picows import WSAutoPingStrategy, WSUpgradeRequest, WSUpgradeResponse, WSUpgradeResponseWithListener
-from picows.picows import WSProtocol, _validate_upgrade_request
+from picows.picows import WSProtocol  # type: ignore[attr-defined]
 
 from fastim import observe
+from fastim._core.conn import READ_BUFFER_BYTES, CoreConnection, CoreHub
 from fastim.clock import Clock
 from fastim.errors import UsageError
-from fastim.protocol import MAX_PACKET_BYTES, SUBPROTOCOL, CloseCode
+from fastim.node.tls import dev_certificate, make_server_context, reload_certificate
+from fastim.node.upgrade import (
+    HEALTH_PATH,
+    RETRY,
+    Address,
+    Balancers,
+    FailureLimit,
+    Refusal,
+    address_of,
+    check_request,
+)
+from fastim.protocol import MAX_PACKET_BYTES, CloseCode
+
+__all__ = [
+    "FailureLimit", "Listener", "ListenerConfig", "attach_core_metrics", "dev_certificate",
+    "make_server_context", "reload_certificate",
+]  # fmt: skip
 
 _log = logging.getLogger("fastim.node.server")
 
-WS_PATH: Final = b"/v1/ws"
-HEALTH_PATH: Final = b"/health"
-READ_BUFFER_BYTES: Final = 2_048
-RETRY_AFTER_S: Final = 5
 _OVERSHOOT: Final = 1_024
 """Sockets above max_connections that may be in their handshake; more are dropped unanswered."""
+_CLOSE_POLL_S: Final = 0.05
+_CLOSE_POLLS: Final = 30
+"""close_all waits so long, 1.5 s, for the sockets it closed; the sweep aborts them after a second."""
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_FAULTS: Final = frozenset(
+    {CloseCode.PROTOCOL, CloseCode.TEXT_REFUSED, 1007, CloseCode.TOO_BIG, CloseCode.AUTH, CloseCode.BAD_FRAME}
+)
+"""Closing with one of these before AUTH succeeded counts against the address."""
+_LABELLED: Final = frozenset(int(code) for code in CloseCode) | {1005, 1006, 1007, 1008}
+"""Close codes that are labels of their own; peers may choose among 2,000 others."""
 
 
 class ListenerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,154 +91,17 @@ class ListenerConfig(msgspec.Struct, frozen=True, kw_only=True):
     reuse_port: bool = False
 
 
-# ------------------------------------------------------------------------------------------ certificates
+class _Ear:
+    """What picows takes for its logger, one per socket: here it says what it tells nobody else.
 
-
-def make_server_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """A server context: TLS 1.2 and up, forward secrecy, no compression, no renegotiation."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    # A phone that loses its network sends no close_notify; that is an end of TCP, not an attack on frames
-    # that carry their own length.
-    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
-    context.set_alpn_protocols(["http/1.1"])
-    reload_certificate(context, cert, key)
-    return context
-
-
-def reload_certificate(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    """Use the pair for the next handshakes; open connections keep theirs. For SIGHUP.
-
-    Raises UsageError, and leaves `context` as it was, when the pair cannot be loaded: the pair is tried on a
-    scratch context first, because OpenSSL takes the certificate before it finds that the key does not fit.
-    """
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"certificate {cert} with key {key} cannot be used: {error}") from None
-    context.load_cert_chain(cert, key)
-
-
-def dev_certificate(directory: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine in `directory`: (certificate, key), made when missing.
-
-    Made again when it ends within a week or does not name this host.
-    """
-    cert_path, key_path = directory / "dev-tls-cert.pem", directory / "dev-tls-key.pem"
-    host = socket.gethostname()
-    now = datetime.datetime.now(datetime.UTC)
-    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
-    if host != "localhost" and len(host) <= 64 and host.isascii():
-        names.append(x509.DNSName(host))
-    names += [x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "::1")]
-    if _still_good(cert_path, key_path, names, now):
-        return cert_path, key_path
-    private = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fastim development")])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=365))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(private, hashes.SHA256())
-    )
-    pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    key_path.unlink(missing_ok=True)
-    with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
-    cert_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return cert_path, key_path
-
-
-def _still_good(cert: Path, key: Path, names: list[x509.GeneralName], now: datetime.datetime) -> bool:
-    try:
-        found = x509.load_pem_x509_certificate(cert.read_bytes())
-        covered = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
-    except (OSError, ValueError, x509.ExtensionNotFound, ssl.SSLError):
-        return False
-    return set(names) <= set(covered) and now + datetime.timedelta(days=7) < found.not_valid_after_utc
-
-
-# ------------------------------------------------------------------------------------------------ limits
-
-
-class FailureLimit:
-    """A token bucket of failures per address: empty means refused until it has filled a little.
-
-    Only failures take tokens: a carrier puts a city behind one address. Forgets full buckets, so memory is
-    bounded by who failed within the last minute.
+    Peers can provoke its lines, so only its own failures are written. It knows its socket only while that is
+    connected: otherwise every refused socket would be a cycle for the collector.
     """
 
-    def __init__(self, per_minute: int, clock: Clock) -> None:
-        self._capacity = float(per_minute)
-        self._per_ms = per_minute / 60_000
-        self._clock = clock
-        self._buckets: dict[int, tuple[float, int]] = {}
+    __slots__ = ("sock",)
 
-    @staticmethod
-    def key(address: Address) -> int:
-        """IPv6 hosts own a /64; IPv4 sits below 2^32, and a v6 prefix shifted above it."""
-        if isinstance(address, ipaddress.IPv6Address):
-            if address.ipv4_mapped is not None:
-                return int(address.ipv4_mapped)
-            return (int(address) >> 64) + (1 << 32)
-        return int(address)
-
-    def blocked(self, address: Address) -> bool:
-        key = self.key(address)
-        return key in self._buckets and self._level(key) < 1.0
-
-    def failed(self, address: Address) -> None:
-        """Take a token."""
-        key = self.key(address)
-        self._buckets[key] = (max(0.0, self._level(key) - 1.0), self._clock.mono_ms())
-        if len(self._buckets) > 65_536:
-            self.forget()
-
-    def forget(self) -> None:
-        """Drop full buckets. O(addresses that failed lately)."""
-        for key in [key for key in self._buckets if self._level(key) >= self._capacity]:
-            del self._buckets[key]
-
-    def _level(self, key: int) -> float:
-        level, at_ms = self._buckets.get(key, (self._capacity, 0))
-        return min(self._capacity, level + (self._clock.mono_ms() - at_ms) * self._per_ms)
-
-
-# ----------------------------------------------------------------------------------------------- sockets
-
-
-class _Refusal(Exception):
-    """An answer instead of 101."""
-
-    def __init__(
-        self,
-        status: HTTPStatus,
-        reason: str,
-        *,
-        headers: tuple[tuple[str, str], ...] = (),
-        fault: bool = True,
-    ) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.headers = headers
-        self.fault = fault
-        """Whether it counts against the address."""
-
-
-class _Quiet:
-    """What picows logs to. Peers can provoke its lines, so only its own failures are written."""
+    def __init__(self) -> None:
+        self.sock: _Socket | None = None
 
     def isEnabledFor(self, level: int) -> bool:
         return False
@@ -233,24 +109,38 @@ class _Quiet:
     def debug(self, *args: object, **options: object) -> None:
         pass
 
-    info = warning = error = log = debug
+    warning = log = debug
+
+    def info(self, message: str, *args: object) -> None:
+        if self.sock is not None and message.startswith("Handshake timeout"):
+            self.sock.refused = "timeout"
+
+    def error(self, message: str, *args: Any) -> None:
+        """Bytes that are no WebSocket frame; the arguments are (close code, text)."""
+        self._hangs_up(int(args[0][0]) if message.startswith("WS parser error") else CloseCode.PROTOCOL)
 
     def exception(self, message: str, *args: object) -> None:
         _log.exception(message, *args)
+        self._hangs_up(CloseCode.INTERNAL)
+
+    def _hangs_up(self, code: int) -> None:
+        if self.sock is not None and self.sock.link is not None:
+            self.sock.link.parser_failed(code)
+
+    def upgrade(self, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
+        assert self.sock is not None
+        return self.sock.upgrade(request)
 
 
-_QUIET: Final = _Quiet()
-
-
-class _Socket(WSProtocol):
+class _Socket(WSProtocol):  # type: ignore[misc]
     """picows' protocol, plus what it does not tell its listener: the address, and how the socket ended."""
 
-    __slots__ = ("_listener", "address", "fault", "link", "peer_ended", "peer_text")
+    __slots__ = ("_ear", "_listener", "address", "left", "link", "peer_text", "refused")
 
     def __init__(self, listener: Listener) -> None:
-        config = listener.config
+        self._ear = _Ear()
         super().__init__(
-            None, None, False, self._upgrade, _QUIET, True, config.handshake_timeout_s,
+            None, None, False, self._ear.upgrade, self._ear, True, listener.config.handshake_timeout_s,
             False, 20, 20, WSAutoPingStrategy.PING_WHEN_IDLE,
             False,  # auto-pong: it would hide PING frames from the wheel, the RSV check and the write bound
             MAX_PACKET_BYTES, None, READ_BUFFER_BYTES,
@@ -258,15 +148,19 @@ class _Socket(WSProtocol):
         self._listener = listener
         self.link: CoreConnection | None = None
         self.address: Address | None = None
+        """Whom failures are counted against; None: nobody."""
         self.peer_text = "?"
-        self.peer_ended = False
-        self.fault = False
+        self.left = False
+        """The peer went by itself."""
+        self.refused = ""
+        """Why, once refused through a fault of the peer."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
+        self._ear.sock = self
         super().connection_made(transport)
         name = transport.get_extra_info("peername")
         if name:
-            self.set_peer(_address(name[0]), name[1])
+            self.set_peer(address_of(name[0]), name[1])
         if not self._listener.admit(self):
             transport.abort()
 
@@ -275,7 +169,7 @@ class _Socket(WSProtocol):
         self.peer_text = f"[{address}]:{port}" if address and address.version == 6 else f"{address}:{port}"
 
     def eof_received(self) -> bool:
-        self.peer_ended = True
+        self.left = True
         if self.link is not None:
             self.link.peer_ended = True
         super().eof_received()
@@ -283,49 +177,35 @@ class _Socket(WSProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        self.left = self.left or error is not None
+        self._ear.sock = None
         self._listener.lost(self)
 
-    def _upgrade(self, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
+    def upgrade(self, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
         try:
             return self._listener.upgrade(self, request)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             observe.UPGRADES_REFUSED.labels(refusal.reason).inc()
-            self.fault = refusal.fault
-            headers = (("Content-Length", "0"), *refusal.headers)
-            response = WSUpgradeResponse.create_error_response(refusal.status, None, headers)
+            self.refused = refusal.reason if refusal.fault else ""
+            response = WSUpgradeResponse.create_error_response(
+                refusal.status, f"{refusal.detail}\n".encode(), refusal.headers
+            )
         except Exception:
             # The library would send the text of the exception to the peer.
             observe.UPGRADES_REFUSED.labels("internal").inc()
             _log.exception("upgrade failed", extra={"peer": self.peer_text})
-            response = WSUpgradeResponse.create_error_response(500, None, (("Content-Length", "0"),))
+            response = WSUpgradeResponse.create_error_response(500, b"internal error\n")
         return WSUpgradeResponseWithListener(response, None)
 
 
-def _address(text: str) -> Address | None:
-    try:
-        return ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-
-
-_FAULTS: Final = frozenset(
-    {CloseCode.PROTOCOL, CloseCode.TEXT_REFUSED, 1007, CloseCode.TOO_BIG, CloseCode.AUTH, CloseCode.BAD_FRAME}
-)
-"""Closing with one of these before AUTH succeeded counts against the address."""
-
-
 class Listener:
-    """One listening address of a node.
-
-    accepted links get their owner from the hub's `accept`; the node calls `expire_unauthenticated` every
-    250 ms.
-    """
+    """One listening address of a node; accepted links get their owner from the hub's `accept`."""
 
     def __init__(self, config: ListenerConfig, hub: CoreHub, clock: Clock) -> None:
         self.config = config
         self._hub = hub
         self._limit = FailureLimit(config.failures_per_minute, clock)
-        self._balancers = _networks(config.balancers)
+        self._balancers = Balancers(config.balancers)
         self._sockets: set[_Socket] = set()
         self._servers: list[asyncio.AbstractServer] = []
         self._links = 0
@@ -337,21 +217,28 @@ class Listener:
     # -- life
 
     async def start(self) -> None:
-        """Bind and listen. Raises UsageError for a plain socket that the internet could reach."""
+        """Bind and listen. Raises UsageError, for a plain socket that the internet could reach too."""
         loop = asyncio.get_running_loop()
-        infos = await loop.getaddrinfo(
-            self.config.host or None, self.config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        try:
+            infos = await loop.getaddrinfo(
+                self.config.host or None, self.config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise UsageError(f"node.host is {self.config.host!r}: {error.strerror}") from None
         targets = list(dict.fromkeys((family, address) for family, _, _, _, address in infos))
         self._check_exposure([str(address[0]) for _, address in targets])
         self._accepting = True
         port = self.config.port
-        for family, address in targets:
-            # With port 0, every family listens on the port that the first was given.
-            sock = self._bind(family, (address[0], port, *address[2:]))
-            port = sock.getsockname()[1]
-            self.addresses.append((sock.getsockname()[0], port))
-            self._servers.append(await self._serve(sock))
+        try:
+            for family, address in targets:
+                # With port 0, every family listens on the port that the first was given.
+                sock = self._bind(family, (address[0], port, *address[2:]))
+                port = sock.getsockname()[1]
+                self.addresses.append((sock.getsockname()[0], port))
+                self._servers.append(await self._serve(sock))
+        except BaseException:
+            self.stop_accepting()
+            raise
 
     def _check_exposure(self, hosts: list[str]) -> None:
         if self.config.tls is not None or self._balancers:
@@ -410,30 +297,27 @@ class Listener:
         """Close every connection, spread evenly over `window_ms`, and return when all sockets are gone.
 
         So the clients of a draining node do not come back in one storm. Whoever does not finish the closing
-        handshake is aborted a second later.
+        handshake is aborted a second later. When it returns, every owner has been told.
         """
         waiting = list(self._sockets)
         steps = max(1, min(window_ms // 50, len(waiting)))
         for step in range(steps):
             for sock in waiting[step::steps]:
-                if sock.link is not None and not sock.link.closed:
+                if sock.link is not None:
                     sock.link.close(code, reason)
-                elif sock.link is None:
+                elif sock in self._sockets:
                     sock.transport.underlying_transport.abort()
             if step + 1 < steps:
                 await asyncio.sleep(window_ms / 1000 / steps)
-        for _ in range(30):
+        for _ in range(_CLOSE_POLLS):
             if not self._sockets:
-                return
-            await asyncio.sleep(0.05)
+                break
+            await asyncio.sleep(_CLOSE_POLL_S)
         for sock in list(self._sockets):
             sock.transport.underlying_transport.abort()
-        await asyncio.sleep(0)
-
-    def expire_unauthenticated(self, mono_ms: int) -> int:
-        """Every 250 ms: end links late with AUTH, fragments or closing; returns how many."""
-        self._limit.forget()
-        return self._hub.sweep(mono_ms)
+        # An abort takes a turn of the loop, what it makes of a link two.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     @property
     def connections(self) -> int:
@@ -444,46 +328,52 @@ class Listener:
 
     def admit(self, sock: _Socket) -> bool:
         """Whether a fresh socket may talk at all."""
+        if not self._accepting or len(self._sockets) >= self.config.max_connections + _OVERSHOOT:
+            return False
         self._sockets.add(sock)
-        return self._accepting and len(self._sockets) <= self.config.max_connections + _OVERSHOOT
+        return True
 
     def lost(self, sock: _Socket) -> None:
         """A socket has ended."""
+        if sock not in self._sockets:
+            return
         self._sockets.discard(sock)
         link = sock.link
         if link is None:
-            # No request was read and the peer did not leave by itself: late, or an endless header.
-            fault = sock.fault or (sock.transport.request is None and not sock.peer_ended and self._accepting)
-            if fault and not sock.fault:
-                observe.UPGRADES_REFUSED.labels("timeout").inc()
+            if sock.transport.request is None and not sock.left and self._accepting:
+                # Late, or what came was no request; the library said why, or nothing.
+                sock.refused = sock.refused or "header"
+                observe.UPGRADES_REFUSED.labels(sock.refused).inc()
+            fault = sock.refused != ""
         else:
             self._links -= 1
             sock.link = None
+            code = link.close_code
             observe.CONNECTIONS.dec()
-            observe.CONNECTIONS_CLOSED.labels(str(link.close_code)).inc()
-            fault = not link.authenticated and link.close_code in _FAULTS
-        if fault and sock.address is not None:
+            observe.CONNECTIONS_CLOSED.labels(str(code) if code in _LABELLED else "other").inc()
+            fault = not link.authenticated and code in _FAULTS
+        if fault and sock.address is not None and sock.address not in self._balancers:
             self._limit.failed(sock.address)
 
     def upgrade(self, sock: _Socket, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
-        """Answer one request. Raises _Refusal."""
-        path, question, _ = request.path.partition(b"?")
-        if path == HEALTH_PATH:
+        """Answer one request. Raises Refusal."""
+        if request.path.partition(b"?")[0] == HEALTH_PATH:
             return self._health()
-        self._check_source(sock, request)
+        self._find_source(sock, request)
         if sock.address is not None and self._limit.blocked(sock.address):
-            raise _Refusal(HTTPStatus.TOO_MANY_REQUESTS, "rate", headers=_RETRY, fault=False)
-        if self.draining or self._links >= self.config.max_connections:
-            raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "overload", headers=_RETRY, fault=False)
-        if path != WS_PATH:
-            raise _Refusal(HTTPStatus.NOT_FOUND, "path")
-        if question:
-            # Query strings end in logs of proxies; a token belongs into AUTH.
-            raise _Refusal(HTTPStatus.BAD_REQUEST, "query")
-        protocols = self._check_headers(request)
+            raise Refusal(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "rate",
+                f"more than {self.config.failures_per_minute} failures a minute from this address",
+                headers=RETRY,
+                fault=False,
+            )
+        if self.draining or self._links >= self.config.max_connections or self._hub.accept is None:
+            raise _busy()
+        headers = check_request(request, self.config.origins)
+        response = WSUpgradeResponse.create_101_response(headers)
         link = CoreConnection(self._hub, sock.peer_text)
-        chosen = (("Sec-WebSocket-Protocol", SUBPROTOCOL),) if SUBPROTOCOL in protocols else ()
-        answer = WSUpgradeResponseWithListener(WSUpgradeResponse.create_101_response(chosen), link)
+        answer = WSUpgradeResponseWithListener(response, link)
         sock.link = link
         self._links += 1
         observe.CONNECTIONS.inc()
@@ -491,73 +381,30 @@ class Listener:
         return answer
 
     def _health(self) -> WSUpgradeResponseWithListener:
-        if self.draining:
-            raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "overload", headers=_RETRY, fault=False)
+        if self.draining or self._hub.accept is None:
+            raise _busy()
         return WSUpgradeResponseWithListener(WSUpgradeResponse.create_ok_response(b"ok\n"), None)
 
-    def _check_source(self, sock: _Socket, request: WSUpgradeRequest) -> None:
+    def _find_source(self, sock: _Socket, request: WSUpgradeRequest) -> None:
         """Behind a balancer, take the address that the balancer saw; nobody else's word counts."""
         if not self._balancers or sock.address is None:
             return
-        if not _listed(sock.address, self._balancers):
-            if self.config.tls is None:
-                raise _Refusal(HTTPStatus.FORBIDDEN, "source")
-            return
-        hops = [hop.strip() for hop in ",".join(request.headers.getall("X-Forwarded-For", [])).split(",")]
-        for hop in reversed(hops):
-            address = _address(hop)
-            if address is None:
-                return
-            if not _listed(address, self._balancers):
+        if sock.address in self._balancers:
+            address = self._balancers.client(request.headers)
+            if address is not None:
                 sock.set_peer(address, 0)
-                return
-
-    def _check_headers(self, request: WSUpgradeRequest) -> list[str]:
-        """The checks of RFC 6455 4.2.1 and ours; returns the offered subprotocols."""
-        headers = request.headers
-        origins = headers.getall("Origin", [])
-        if origins and (len(origins) > 1 or origins[0] not in self.config.origins):
-            raise _Refusal(HTTPStatus.FORBIDDEN, "origin")
-        if len(headers.getall("Host", [])) != 1 or len(headers.getall("Sec-WebSocket-Key", [])) > 1:
-            raise _Refusal(HTTPStatus.BAD_REQUEST, "header")
-        if "websocket" not in _words(headers.getall("Upgrade", [])) or "upgrade" not in _words(
-            headers.getall("Connection", [])
-        ):
-            raise _Refusal(
-                HTTPStatus.UPGRADE_REQUIRED, "method", headers=(("Upgrade", "websocket"), *_VERSION)
-            )
-        if headers.getall("Sec-WebSocket-Version", []) != ["13"]:
-            raise _Refusal(HTTPStatus.UPGRADE_REQUIRED, "version", headers=_VERSION)
-        # picows compares the whole header; Firefox sends "keep-alive, Upgrade".
-        headers["Connection"] = "Upgrade"
-        headers["Upgrade"] = "websocket"
-        try:
-            _validate_upgrade_request(request)
-        except RuntimeError:
-            raise _Refusal(HTTPStatus.BAD_REQUEST, "header") from None
-        return _words(headers.getall("Sec-WebSocket-Protocol", []), lower=False)
+        elif self.config.tls is None:
+            raise Refusal(HTTPStatus.FORBIDDEN, "source", "plain connections are taken from balancers only")
 
 
-_RETRY: Final = (("Retry-After", str(RETRY_AFTER_S)),)
-_VERSION: Final = (("Sec-WebSocket-Version", "13"),)
-
-
-def _words(values: Iterable[str], *, lower: bool = True) -> list[str]:
-    words = [word.strip() for value in values for word in value.split(",")]
-    return [word.lower() for word in words] if lower else words
-
-
-def _networks(texts: Iterable[str]) -> tuple[Network, ...]:
-    try:
-        return tuple(ipaddress.ip_network(text) for text in texts)
-    except ValueError as error:
-        raise UsageError(f"node.balancers: {error}") from None
-
-
-def _listed(address: Address, networks: tuple[Network, ...]) -> bool:
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return any(address in network for network in networks)
+def _busy() -> Refusal:
+    return Refusal(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "overload",
+        "this node takes no connections now",
+        headers=RETRY,
+        fault=False,
+    )
 
 
 def attach_core_metrics(hub: CoreHub) -> Callable[[], None]:

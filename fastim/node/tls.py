@@ -1,0 +1,109 @@
+"""Certificates: a server context that holds a good pair, and how a newer pair replaces it.
+
+V4  a bad certificate pair never replaces a good one              tests/system/test_tls.py
+Source: promises, "Security rules"; docs/adr/0040.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import socket
+import ssl
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fastim.errors import UsageError
+
+
+class _ServerContext(ssl.SSLContext):
+    key_kind: str = ""
+    """OpenSSL keeps a pair per kind of key, so a pair of another kind would not replace the old one."""
+
+
+def make_server_context(cert: Path, key: Path) -> ssl.SSLContext:
+    """A server context: TLS 1.2 and up, forward secrecy, no compression, no renegotiation."""
+    context = _ServerContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    # A phone that loses its network sends no close_notify; that is an end of TCP, not an attack on frames
+    # that carry their own length.
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.set_alpn_protocols(["http/1.1"])
+    reload_certificate(context, cert, key)
+    return context
+
+
+def reload_certificate(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    """Use the pair for the next handshakes; open connections keep theirs. For SIGHUP.
+
+    Raises UsageError, and leaves `context` as it was, when the pair cannot be loaded or its key is of another
+    kind than the one in use. It is tried on a scratch context first, because OpenSSL takes a certificate
+    before it finds that the key does not fit.
+    """
+    try:
+        kind = type(x509.load_pem_x509_certificate(cert.read_bytes()).public_key()).__name__
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except (OSError, ValueError, ssl.SSLError) as error:
+        raise UsageError(f"certificate {cert} with key {key} cannot be used: {error}") from None
+    if isinstance(context, _ServerContext):
+        if context.key_kind not in ("", kind):
+            raise UsageError(
+                f"{cert} has a {kind}, the pair in use a {context.key_kind}; restart to change it"
+            )
+        context.key_kind = kind
+    context.load_cert_chain(cert, key)
+
+
+def dev_certificate(directory: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for this machine in `directory`: (certificate, key), made when missing.
+
+    Made again when it ends within a week or does not name this host.
+    """
+    cert_path, key_path = directory / "dev-tls-cert.pem", directory / "dev-tls-key.pem"
+    host = socket.gethostname()
+    now = datetime.datetime.now(datetime.UTC)
+    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
+    if host != "localhost" and len(host) <= 64 and host.isascii():
+        names.append(x509.DNSName(host))
+    names += [x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "::1")]
+    if _still_good(cert_path, key_path, names, now):
+        return cert_path, key_path
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fastim development")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=365))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    key_path.unlink(missing_ok=True)
+    with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+    cert_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return cert_path, key_path
+
+
+def _still_good(cert: Path, key: Path, names: list[x509.GeneralName], now: datetime.datetime) -> bool:
+    try:
+        found = x509.load_pem_x509_certificate(cert.read_bytes())
+        covered = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except (OSError, ValueError, x509.ExtensionNotFound, ssl.SSLError):
+        return False
+    return set(names) <= set(covered) and now + datetime.timedelta(days=7) < found.not_valid_after_utc
