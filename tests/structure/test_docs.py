@@ -110,10 +110,15 @@ def codes_in(source: Path) -> Iterator[str]:
     if source.suffix == ".pyx":
         yield from re.findall(r'PeerError\("(\w+)"', source.read_text())
         return
-    for node in ast.walk(ast.parse(source.read_text())):
+    nodes = list(ast.walk(ast.parse(source.read_text())))
+    places = {"PeerError": 0}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "fastim.bus.records":
+            places |= {alias.name: 1 for alias in node.names if alias.name == "Refusal"}
+    for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-            at = {"PeerError": 0, "Refusal": 1}.get(name)
+            at = places.get(name)
             if at is not None and len(node.args) > at:
                 code = node.args[at]
                 if isinstance(code, ast.Constant) and isinstance(code.value, str):
