@@ -199,14 +199,19 @@ class Delivery:
             return
         for run in _contiguous(found.sent):
             self.post(session, _sent(session, found.conv, found.epoch, run), mono_ms)
-        for refusal in found.refused:
-            refuse(session.link, found.conv, refusal)
+        if not session.joining:
+            for refusal in found.refused:
+                refuse(session.link, found.conv, refusal)
 
     def post(self, session: Session, parcel: Parcel, mono_ms: int) -> None:
-        """Write a tagged frame that is not a MSG; parcel.data was encoded with the session's newest tag."""
+        """Write a tagged frame that is not a MSG; parcel.data was encoded with the session's newest tag.
+
+        Before HELLO nothing may be written: the replay of a hot resume brings it.
+        """
         link = session.link
         assert link is not None
-        link.send(parcel.data)
+        if not session.joining:
+            link.send(parcel.data)
         self._acks.insert(
             session.ack_slot, session.tag, parcel.msg_id, parcel, len(parcel.data),
             mono_ms + self._limits.ack_timeout_ms,
@@ -241,7 +246,7 @@ class Delivery:
         frame = encode(ReadMark(found.conv, found.user, found.seq))
         for user in found.to_users:
             for session in self._pool.of_user(user).values():
-                if session.link is not None and session.id != found.skip_session:
+                if session.link is not None and not session.joining and session.id != found.skip_session:
                     session.link.send(frame)
 
     def _kick_out(self, found: Kick) -> None:

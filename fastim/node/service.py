@@ -189,7 +189,7 @@ class Node:
         self._draining = True
         frame = encode(Goaway(window_ms, reason))
         for session in self.pool:
-            if session.link is not None:
+            if session.link is not None and not session.joining:
                 session.link.send(frame)
 
     async def stop(self) -> None:
