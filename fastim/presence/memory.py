@@ -137,6 +137,7 @@ class MemoryPresence:
             self._grace_ends[user] = self._ends(left_ms)
         else:
             grace_until_ms = 0
+            self._grace_ends.pop(user, None)
         if not devices:
             del self._by_user[user]
             if not grace_until_ms:

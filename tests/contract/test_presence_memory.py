@@ -50,6 +50,18 @@ class TestMemoryPresence(PresenceContract):
         self.clock.wall -= 20 * 365 * 86_400_000
         assert (await presence.locate(["alice"]))["alice"].attachments
 
+    async def test_a_grace_that_is_over_when_the_last_device_goes_is_forgotten_with_it(self) -> None:
+        presence = MemoryPresence(self.clock)
+        await presence.open_lease("n1", 1, 60_000)
+        phone, _ = await presence.attach("alice", "phone", "app", "n1", 1, "s1")
+        pad, _ = await presence.attach("alice", "pad", "pad", "n1", 1, "s2")
+        await presence.detach("alice", "phone", phone.generation, self.clock.wall + 4_000)
+        self.clock.wall += 4_000
+        self.clock.mono += 3_999
+        await presence.detach("alice", "pad", pad.generation)
+        await self.advance(10_000)
+        assert await presence.locate(["alice"]) == {}
+
     async def test_nothing_is_kept_of_users_who_left(self) -> None:
         presence = MemoryPresence(self.clock)
         await presence.open_lease("n1", 1, 60_000)
