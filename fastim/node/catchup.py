@@ -122,7 +122,7 @@ class Catchup:
     async def _step(self, session: Session) -> bool:
         """One page. False: the session waits for an ack, the next sweep, or nothing at all."""
         link = session.link
-        if link is None or session.ended:
+        if link is None or not session.wants_stream():
             return False
         if session.sync is not None and not session.sync.paged:
             if link.buffered_bytes() > self._limits.page_backlog_bytes:
@@ -161,7 +161,7 @@ class Catchup:
             )  # fmt: skip
         except PeerError:
             # Not (or no longer) a member: there is nothing to be had.
-            if session.behind.get(conv) is heard:
+            if session.link is link and session.behind.get(conv) is heard:
                 self._level(session, conv)
             return
         if session.link is not link or session.behind.get(conv) is not heard or heard.version != version:
@@ -233,15 +233,16 @@ class Catchup:
         if frame:
             link.send(frame)
         for conv, cursor, head in found:
-            if head > max(cursor, session.high.get(conv, 0)):
-                # Under way from a replay counts as written: its acks close the distance to the cursor.
-                high = session.high.get(conv, 0)
-                session.put_behind(conv, 0, high if high > cursor else CURSOR)
+            # Under way from a replay counts as written: its acks close the distance to the cursor.
+            reached = session.reached(conv, cursor)
+            if head > reached:
+                position = reached if reached > cursor else CURSOR
+                session.put_behind(conv, 0, position, dup=session.tag > 0)
                 sync.waiting.add(conv)
         sync.reached = version
         if not more:
             sync.paged = True
-            session.high.clear()
+            session.replayed.clear()
             self._finish(session, sync)
 
     def _finish(self, session: Session, sync: Sync) -> None:

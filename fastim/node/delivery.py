@@ -315,6 +315,10 @@ class Delivery:
         session.link = link
         session.probed_deadline_ms = 0
         session.full_since_mono_ms = 0
+        session.replayed.clear()
+        for _, parcel in ring:
+            if parcel.conv:
+                session.replayed.setdefault(parcel.conv, []).append((parcel.from_seq, parcel.to_seq))
         self._by_slot[slot] = session
 
     def _refill(self, session: Session, slot: int, ring: list[tuple[int, Parcel]], mono_ms: int) -> None:
@@ -339,7 +343,6 @@ class Delivery:
         """Write what is under way once more, after HELLO; returns how many frames."""
         link = session.link
         assert link is not None
-        session.high.clear()
         count = 0
         for tag, item in self._acks.items(session.ack_slot):
             assert isinstance(item, Parcel)
@@ -350,8 +353,6 @@ class Delivery:
             else:
                 continue
             count += 1
-            if item.conv:
-                session.high[item.conv] = max(item.to_seq, session.high.get(item.conv, 0))
         return count
 
     def detach(self, session: Session, due_at_ms: int, reason: str, *, urgent: bool) -> None:

@@ -109,8 +109,8 @@ class Session:
 
     __slots__ = (
         "ack_slot", "badge", "behind", "busy", "detached_mono_ms", "device", "device_class",
-        "ended", "full_since_mono_ms", "generation", "head_version", "high", "id", "identity",
-        "joining", "level_version", "link", "probed_deadline_ms", "queued", "requests", "retries",
+        "ended", "full_since_mono_ms", "generation", "head_version", "id", "identity", "joining",
+        "level_version", "link", "probed_deadline_ms", "queued", "replayed", "requests", "retries",
         "ring", "stalled", "sync", "tag", "user",
     )  # fmt: skip
 
@@ -127,8 +127,8 @@ class Session:
         self.tag = 0
         self.ring: list[tuple[int, Parcel]] = []
         """Without a connection: what was under way, by tag."""
-        self.high: dict[str, int] = {}
-        """After a hot resume, per conversation: the highest seq that the replay holds."""
+        self.replayed: dict[str, list[tuple[int, int]]] = {}
+        """After a hot resume, until its sync is paged: conv -> the (from_seq, to_seq) that are under way."""
         self.behind: dict[str, Heard] = {}
         self.sync: Sync | None = None
         self.level_version = 0
@@ -155,6 +155,19 @@ class Session:
     def syncing(self) -> bool:
         """Until the pages of the sync are read, nobody can say which conversations are LEVEL."""
         return self.sync is not None and not self.sync.paged
+
+    @property
+    def open_link(self) -> Link | None:
+        """The connection, once HELLO was written to it: what needs no tag goes there or nowhere."""
+        return None if self.joining else self.link
+
+    def reached(self, conv: str, cursor: int) -> int:
+        """How far a replay has the conversation without a hole above the cursor; the cursor if not at all."""
+        for from_seq, to_seq in sorted(self.replayed.get(conv, ())):
+            if from_seq > cursor + 1:
+                break
+            cursor = max(cursor, to_seq)
+        return cursor
 
     def next_tag(self) -> int:
         self.tag += 1
