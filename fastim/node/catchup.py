@@ -135,8 +135,12 @@ class Catchup:
             if session.full_since_mono_ms == 0:
                 session.full_since_mono_ms = self._clock.mono_ms()
             if link.overflow:
+                session.choked = True
                 self._stall(session)  # no ack may come to tell that the buffer has drained
             return False
+        if session.choked:
+            session.choked = False
+            session.full_since_mono_ms = 0
         for conv, heard in session.behind.items():
             if not heard.paused:
                 await self._stream(session, link, conv, heard)

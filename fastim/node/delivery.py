@@ -18,6 +18,7 @@ Source: docs/design.md; semantics, "Deliver and ack", "Retry".
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -40,7 +41,6 @@ from fastim.protocol import (
     MSG_PREFIX_BYTES,
     CloseCode,
     Error,
-    Kicked,
     Op,
     Probe,
     ReadMark,
@@ -94,6 +94,8 @@ class Delivery:
             wall_ms, mono_ms = self._clock.wall_ms(), self._clock.mono_ms()
             for record in records:
                 self.take(reader, record, wall_ms, mono_ms)
+            # A reader with a backlog never waits: acks must be read, or every window is full for nothing.
+            await asyncio.sleep(0)
 
     def take(self, reader: Reader, record: Record, wall_ms: int, mono_ms: int) -> None:
         """One record. Settles it at once when nothing is to be waited for."""
@@ -236,10 +238,9 @@ class Delivery:
     def _nudge(self, found: Nudge) -> None:
         for session in self._pool.of_user(found.user).values():
             heard = session.behind.get(found.conv)
-            if heard is not None and not heard.paused and session.link is not None:
-                continue  # its stream is under way
-            session.put_behind(found.conv, 0, CURSOR, dup=True)
-            observe.BEHIND.labels("nudge").inc()
+            if heard is None or heard.paused or session.link is None:
+                session.put_behind(found.conv, 0, CURSOR, dup=True)
+                observe.BEHIND.labels("nudge").inc()
             self._catchup.wake(session)
 
     def _mark(self, found: Mark) -> None:
@@ -252,8 +253,6 @@ class Delivery:
     def _kick_out(self, found: Kick) -> None:
         session = self._pool.find(found.session)
         if session is not None and session.generation <= found.generation:
-            if session.link is not None:
-                session.link.send(encode(Kicked(found.reason)))
             self._kick(session, found.code, found.reason)
 
     # --------------------------------------------------------------------------------------------- acks
@@ -313,7 +312,7 @@ class Delivery:
             raise
         session.ack_slot = slot
         session.link = link
-        session.probed_deadline_ms = 0
+        session.probed_mono_ms = session.asked_mono_ms = 0
         session.full_since_mono_ms = 0
         session.replayed.clear()
         for _, parcel in ring:
@@ -408,13 +407,8 @@ class Delivery:
                 session = self._by_slot.get(slot)
                 if session is None or session.link is None:
                     raise UsageError(f"ack slot {slot} is late and no connected session holds it")
-                oldest_ms = self._acks.oldest_deadline(slot)
-                if oldest_ms <= mono_ms:
-                    self._late(session, oldest_ms - limits.ack_timeout_ms, mono_ms)
-                elif oldest_ms > session.probed_deadline_ms:
-                    session.probed_deadline_ms = oldest_ms
-                    self.probes += 1
-                    session.link.send(_PROBE)
+                if not session.joining:
+                    self._look(session, session.link, mono_ms)
         for session in list(self._by_slot.values()):
             full_since_ms = session.full_since_mono_ms
             if full_since_ms and mono_ms - full_since_ms >= limits.slow_ms:
@@ -423,14 +417,30 @@ class Delivery:
         for session in list(self._retrying):
             self._retry(session, mono_ms)
 
-    def _late(self, session: Session, written_ms: int, mono_ms: int) -> None:
-        link = session.link
-        assert link is not None
-        if link.last_recv_ms() <= written_ms:
-            # Nothing came, not even an answer to the probe: the peer is gone, whatever TCP believes.
+    def _look(self, session: Session, link: Link, mono_ms: int) -> None:
+        """A frame of the session has waited for its ack for probe_ms or longer."""
+        limits = self._limits
+        if session.asked_mono_ms and link.last_recv_ms() >= session.asked_mono_ms:
+            session.asked_mono_ms = 0
+        late = self._acks.oldest_deadline(session.ack_slot) <= mono_ms
+        patience_ms = limits.ack_timeout_ms - limits.probe_ms - (2 * limits.sweep_ms if late else 0)
+        if session.asked_mono_ms and mono_ms - session.asked_mono_ms >= patience_ms:
+            # Nothing came, not even an answer to the probe: the peer is gone, whatever TCP believes. What it
+            # said before the probe is no sign of life: the ack of an earlier message crosses this one.
             observe.EVICTIONS.labels("half_open").inc()
             self._lose(session, CloseCode.HALF_OPEN, "half_open")
             return
+        if mono_ms - session.probed_mono_ms >= limits.probe_ms:
+            session.probed_mono_ms = mono_ms
+            session.asked_mono_ms = session.asked_mono_ms or mono_ms
+            self.probes += 1
+            link.send(_PROBE)
+        if late:
+            self._late(session, mono_ms)
+            self._catchup.wake(session)  # the window has room for other conversations now
+
+    def _late(self, session: Session, mono_ms: int) -> None:
+        """The peer lives and does not acknowledge: due rows, and its conversations pause."""
         late = self._acks.take_overdue(session.ack_slot, mono_ms)
         parcels = [item for item in late if isinstance(item, Parcel)]
         self.late += len(parcels)

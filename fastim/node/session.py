@@ -108,9 +108,9 @@ class Session:
     """One authenticated device."""
 
     __slots__ = (
-        "ack_slot", "badge", "behind", "busy", "detached_mono_ms", "device", "device_class",
-        "ended", "full_since_mono_ms", "generation", "head_version", "id", "identity", "joining",
-        "level_version", "link", "probed_deadline_ms", "queued", "replayed", "requests", "retries",
+        "ack_slot", "asked_mono_ms", "badge", "behind", "busy", "choked", "detached_mono_ms", "device",
+        "device_class", "ended", "full_since_mono_ms", "generation", "head_version", "id", "identity",
+        "joining", "level_version", "link", "probed_mono_ms", "queued", "replayed", "requests", "retries",
         "ring", "stalled", "sync", "tag", "user",
     )  # fmt: skip
 
@@ -139,7 +139,12 @@ class Session:
         self.detached_mono_ms = 0
         self.full_since_mono_ms = 0
         """The window or write buffer has been full since then without an ack; 0 = it is not."""
-        self.probed_deadline_ms = 0
+        self.choked = False
+        """Its write buffer was found full; room in it is progress, as an ack is."""
+        self.probed_mono_ms = 0
+        """The newest PROBE."""
+        self.asked_mono_ms = 0
+        """The first PROBE after which nothing has come; 0 = there is none."""
         self.retries: dict[str, int] = {}
         """conv -> repeats by this node since the last ack of the device."""
         self.requests = 0
