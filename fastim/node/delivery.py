@@ -197,23 +197,33 @@ class Delivery:
     def _reply(self, found: Reply, mono_ms: int) -> None:
         """SENT and refusals, for the session that sent; if it is gone, its resend brings them again."""
         session = self._pool.find(found.session)
-        if session is None or session.link is None or session.user != found.user:
+        link = None if session is None or session.user != found.user else session.open_link
+        if session is None or link is None:
             return
         for run in _contiguous(found.sent):
-            self.post(session, _sent(session, found.conv, found.epoch, run), mono_ms)
-        if not session.joining:
-            for refusal in found.refused:
-                refuse(session.link, found.conv, refusal)
+            if session.syncing or found.conv in session.behind:
+                self._sent_behind(session, link, found, run)
+            else:
+                self.post(session, _sent(session, found.conv, found.epoch, run), mono_ms)
+        for refusal in found.refused:
+            refuse(link, found.conv, refusal)
+
+    def _sent_behind(self, session: Session, link: Link, found: Reply, run: list[SentItem]) -> None:
+        """SENT of a conversation that is BEHIND has no tag; the stream brings the message itself under one.
+
+        The client holds it until the stream has come so far. With a tag it would hold back the cumulative ack
+        of that very stream: a full window, and nobody could move.
+        """
+        link.send(encode(Sent(0, found.conv, found.epoch, run)))
+        if not session.note_live(found.conv, run[-1].seq):
+            session.put_behind(found.conv, run[-1].seq, CURSOR)
+            self._catchup.wake(session)
 
     def post(self, session: Session, parcel: Parcel, mono_ms: int) -> None:
-        """Write a tagged frame that is not a MSG; parcel.data was encoded with the session's newest tag.
-
-        Before HELLO nothing may be written: the replay of a hot resume brings it.
-        """
+        """Write a tagged frame that is not a MSG; parcel.data was encoded with the session's newest tag."""
         link = session.link
         assert link is not None
-        if not session.joining:
-            link.send(parcel.data)
+        link.send(parcel.data)
         self._acks.insert(
             session.ack_slot, session.tag, parcel.msg_id, parcel, len(parcel.data),
             mono_ms + self._limits.ack_timeout_ms,
