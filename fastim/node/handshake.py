@@ -28,7 +28,7 @@ from fastim.bus.base import Bus, Outgoing, inbox_topic
 from fastim.bus.records import Kick
 from fastim.bus.records import encode as encode_record
 from fastim.clock import Clock
-from fastim.errors import BusUnavailable, PeerError, PresenceUnavailable, Unavailable
+from fastim.errors import BusUnavailable, PeerError, PresenceUnavailable, StoreUnavailable, Unavailable
 from fastim.model import DeviceClass, check_id
 from fastim.node.catchup import Catchup
 from fastim.node.delivery import Delivery
@@ -78,6 +78,8 @@ class Handshake:
         self._limits = limits
         self._spawn = spawn
         self.delivery: Delivery = None  # type: ignore[assignment]  # the two know each other
+        self._entering: dict[Link, str] = {}
+        """Logins under way -> the id of their token: they are in no pool yet."""
         self.stopping = False
 
     # ------------------------------------------------------------------------------------------- birth
@@ -101,18 +103,22 @@ class Handshake:
 
     async def login(self, link: Link, auth: Auth, identity: Identity) -> Session | None:
         """See AUTH through. None when the link was closed on the way, by us with a reason or by the peer."""
+        self._entering[link] = identity.token_id
         try:
-            session, resumed = await self._enter(link, auth, identity)
-        except Unavailable as error:
+            async with asyncio.timeout(self._limits.login_ms / 1000):
+                session, resumed = await self._enter(link, auth, identity)
+        except (Unavailable, TimeoutError) as error:
             # The client's turn: it comes back with jitter. A node that cannot register may not serve.
             observe.SESSIONS_OPENED.labels("unavailable").inc()
-            link.close(CloseCode.TRY_LATER, f"{error.backend} is away")
+            away = error.backend if isinstance(error, Unavailable) else "a backend"
+            link.close(CloseCode.TRY_LATER, f"{away} is away")
             return None
+        finally:
+            del self._entering[link]
         if link.closed:
             self.closed(session, orderly=False)
             return None
         observe.SESSIONS_OPENED.labels(("new", "hot", "cold")[resumed]).inc()
-        link.authenticated = True
         link.bind(session.ack_slot)
         link.set_pong(session.level_version)
         self._hello(session, link, resumed)
@@ -124,24 +130,27 @@ class Handshake:
 
     async def _enter(self, link: Link, auth: Auth, identity: Identity) -> tuple[Session, int]:
         """A session with this link, attached in presence."""
-        now_ms = self._clock.wall_ms()
         user, device = identity.user, auth.device
-        known = self._pool.find(auth.session) if auth.session else None
-        hot = known is not None and known.user == user and known.device == device and not known.ended
-        if hot:
-            assert known is not None
+        if self._known(auth, user) is None:
+            await self._store.register_device(user, device, auth.device_class, self._clock.wall_ms())
+        await self._check_devices(user, device)
+        if link.closed:
+            raise PresenceUnavailable("the connection ended before its session began")
+        known = self._known(auth, user)
+        hot = known is not None
+        older = self._pool.of_device(user, device)
+        if older is not None:
+            self._supersede(older)
+        if known is not None:
             session = known
-            self._supersede(session)
         else:
-            await self._store.register_device(user, device, auth.device_class, now_ms)
-            await self._check_devices(user, device)
-            older = self._pool.of_device(user, device)
             if older is not None:
-                self._supersede(older)
                 self._end(older)
+            self._make_room(user)
             session = Session(f"{self._rng.getrandbits(128):032x}", identity, device, auth.device_class)
             self._pool.add(session)
         session.identity = identity
+        session.level_version = max(session.level_version, auth.user_cursor)
         session.joining = True
         # Nothing is written live until the sync that follows has been paged.
         self._catchup.sync(session, auth.user_cursor, changes=not hot)
@@ -151,13 +160,15 @@ class Handshake:
             self._end(session)
             raise
         self._pool.attached(session)
-        link.bind(session.ack_slot)
         try:
             await self.register(session)
-            if not hot:
+            try:
                 session.badge = (await self._store.unread(user))[0]
                 session.head_version = await self._store.version(user)
-                session.level_version = auth.user_cursor
+            except StoreUnavailable:
+                # A hot resume needs no store: what HELLO tells of it is then as old as the last one.
+                if not hot:
+                    raise
         except BaseException:
             # Whatever it was, this link will not be served.
             if session.link is link and hot:
@@ -168,6 +179,17 @@ class Handshake:
         if session.link is not link:
             raise PresenceUnavailable("a newer connection of this device was faster")
         return session, RESUMED_HOT if hot else RESUMED_COLD if auth.session else RESUMED_NEW
+
+    def _known(self, auth: Auth, user: str) -> Session | None:
+        """The session that AUTH resumes hot."""
+        known = self._pool.find(auth.session) if auth.session else None
+        return known if known is not None and (known.user, known.device) == (user, auth.device) else None
+
+    def _make_room(self, user: str) -> None:
+        """A user who comes with ever new devices leaves no more sessions behind than he may have devices."""
+        waiting = [session for session in self._pool.of_user(user).values() if session.link is None]
+        if len(waiting) >= self._limits.devices_per_user:
+            self._end(min(waiting, key=lambda session: session.detached_mono_ms))
 
     async def _check_devices(self, user: str, device: str) -> None:
         limit = self._limits.devices_per_user
@@ -184,10 +206,12 @@ class Handshake:
         attachment, replaced = await self._presence.attach(
             session.user, session.device, session.device_class, self._name, self._boot, session.id
         )
-        if session.ended:
-            await self._presence.detach(session.user, session.device, attachment.generation)
-            raise PresenceUnavailable("the session ended while it was registered")
-        session.generation = attachment.generation
+        if session.link is None:
+            # Nobody would ever take this attachment back.
+            self._spawn(self._detach(session, attachment.generation, 0), f"detach {session.id[:8]}")
+            raise PresenceUnavailable("the connection ended while it was registered")
+        # Two connections of one session, answered in the wrong order: the newer attachment stands.
+        session.generation = max(session.generation, attachment.generation)
         records = [
             self._kick_record(old, attachment)
             for old in replaced
@@ -221,6 +245,7 @@ class Handshake:
         link = session.link
         if link is not None:
             observe.KICKS.labels("replaced").inc()
+            link.send(encode(Kicked("replaced", session.device)))
             self._unlink(session, self._clock.wall_ms() + self._limits.reset_due_ms, "replaced", urgent=False)
             link.bind(-1)
             link.close(CloseCode.REPLACED, "replaced by a newer connection of this device")
@@ -303,6 +328,9 @@ class Handshake:
 
     def revoke(self, token_id: str) -> None:
         """Close the sockets of one token (4505)."""
+        for link, entering in list(self._entering.items()):
+            if entering == token_id:
+                link.close(CloseCode.REVOKED, "revoked")
         for session in self._pool:
             if session.identity.token_id == token_id:
                 self.kick(session, CloseCode.REVOKED, "revoked")

@@ -25,6 +25,8 @@ class NodeLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     lease_ms: int = 6_000
     renew_ms: int = 2_000
 
+    login_ms: int = 5_000
+    """From AUTH to HELLO; then the client is asked to come again later."""
     sweep_ms: int = 250
     stall_ms: int = 1_000
     """A sweep that comes later than this after the last one means that this process stood still."""

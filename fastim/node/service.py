@@ -69,21 +69,33 @@ class _Connection:
         if session is not None and session.link is self.link:
             self.node.commands.take(session, op, frame)
             return
-        if op != Op.AUTH or self.joining:
-            raise PeerError("unauthenticated", "AUTH is the first frame, once; wait for HELLO")
-        auth = decode(op, frame)
-        assert isinstance(auth, Auth)
-        identity = self.node.handshake.check(auth)
+        try:
+            if op != Op.AUTH or self.joining:
+                raise PeerError("unauthenticated", "AUTH is the first frame, once; wait for HELLO")
+            auth = decode(op, frame)
+            assert isinstance(auth, Auth)
+            identity = self.node.handshake.check(auth)
+        except PeerError as error:
+            self._refuse(op, error)
+            return
         self.joining = True
+        # The peer has shown who it is: a backend that is slow now is neither late nor wrong on its side.
+        self.link.authenticated = True
         self.node.spawn(self._login(auth, identity), f"login {identity.user}")
 
+    def _refuse(self, op: int, error: PeerError) -> None:
+        """Before HELLO every refusal is the end: there is no session to go on with."""
+        self.link.send(encode_error(op, error))
+        self.link.close(_REFUSALS.get(error.code, CloseCode.AUTH), error.code)
+
     async def _login(self, auth: Auth, identity: Identity) -> None:
-        link = self.link
         try:
-            self.session = await self.node.handshake.login(link, auth, identity)
+            self.session = await self.node.handshake.login(self.link, auth, identity)
         except PeerError as error:
-            link.send(encode_error(Op.AUTH, error))
-            link.close(_REFUSALS.get(error.code, CloseCode.AUTH), error.code)
+            self._refuse(Op.AUTH, error)
+        except Exception:
+            self.link.close(CloseCode.INTERNAL)
+            raise
 
     def on_closed(self, code: int, orderly: bool) -> None:
         session = self.session
@@ -91,7 +103,13 @@ class _Connection:
             self.node.handshake.closed(session, orderly=orderly)
 
 
-_REFUSALS: Mapping[str, int] = {"too_many_devices": CloseCode.KICKED, "bad_ack": CloseCode.BAD_FRAME}
+_REFUSALS: Mapping[str, int] = {
+    "bad_ack": CloseCode.BAD_FRAME,
+    "bad_frame": CloseCode.BAD_FRAME,
+    "bad_id": CloseCode.BAD_FRAME,
+    "bad_version": CloseCode.BAD_FRAME,
+    "too_many_devices": CloseCode.KICKED,
+}
 
 
 class Node:
@@ -144,6 +162,8 @@ class Node:
         self._draining = False
         self._leased = False
         self._grace_until_mono_ms = 0
+        self._swept_mono_ms = 0
+        self._sweeps = 0
 
     # --------------------------------------------------------------------------------------------- life
 
@@ -195,15 +215,13 @@ class Node:
     async def stop(self) -> None:
         """Flush what was acknowledged, due rows for what was not, give the rest back. Safe to call twice."""
         self._draining = True
-        for session in self.pool:
-            if session.link is not None:
-                session.link.close(CloseCode.RESTART, "going away")
-                self.handshake.closed(session, orderly=True)
+        self._close_all()
         while self._short:
             await asyncio.wait(self._short, timeout=1.0)
             self.handshake.stopping = True
             for task in self._short:
                 task.cancel()
+        self._close_all()  # whoever was between AUTH and HELLO
         if self._reader is not None:
             # Its loop ends; what is handed out stays ours to settle until the last flush.
             await self._drain_inbox(self._reader)
@@ -220,6 +238,12 @@ class Node:
             await self._presence.end_lease(self.name, self.boot)
         except PresenceUnavailable:
             _log.warning("the lease could not be ended; it ends by itself")
+
+    def _close_all(self) -> None:
+        for session in self.pool:
+            if session.link is not None:
+                session.link.close(CloseCode.RESTART, "going away")
+                self.handshake.closed(session, orderly=True)
 
     async def _drain_inbox(self, reader: Reader) -> None:
         """What has come until now meets no connection any more: due rows, and the mark may pass it."""
@@ -267,50 +291,65 @@ class Node:
     # ------------------------------------------------------------------------------------------- timers
 
     async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.limits.sweep_ms / 1000)
+            self.sweep(self._clock.mono_ms())
+
+    def sweep(self, mono_ms: int) -> None:
         """Everything that is late, every 250 ms. A process that stood still gives its clients time first."""
         limits = self.limits
-        last_ms = self._clock.mono_ms()
-        count = 0
-        while True:
-            await asyncio.sleep(limits.sweep_ms / 1000)
-            mono_ms = self._clock.mono_ms()
-            late_ms = mono_ms - last_ms - limits.sweep_ms
-            last_ms = mono_ms
-            if late_ms > limits.stall_ms:
-                # What arrived meanwhile is still in the sockets; its acks must be read before they are late.
-                self._grace_until_mono_ms = mono_ms + limits.stall_ms
-            self._hub.sweep(mono_ms)
-            for slot in self._wheel.sweep(mono_ms, limits.idle_ms, max(1, self._wheel.count)):
-                link = self._hub.link_at(slot)
-                if link is not None:
-                    observe.EVICTIONS.labels("idle").inc()
-                    link.close(CloseCode.IDLE, f"no frame for {limits.idle_ms:,} ms")
-            if mono_ms >= self._grace_until_mono_ms:
-                self.delivery.sweep(mono_ms)
-            self.catchup.sweep()
-            self.handshake.sweep(mono_ms)
-            count += 1
-            if count % _TOKEN_SWEEPS == 0:
-                self.handshake.sweep_tokens()
+        stood_still = self._sweeps and mono_ms - self._swept_mono_ms - limits.sweep_ms > limits.stall_ms
+        self._swept_mono_ms = mono_ms
+        self._sweeps += 1
+        if stood_still:
+            # What arrived meanwhile is still in the sockets; its acks must be read before they are late.
+            self._grace_until_mono_ms = mono_ms + limits.stall_ms
+        self._hub.sweep(mono_ms)
+        for slot in self._wheel.sweep(mono_ms, limits.idle_ms, max(1, self._wheel.count)):
+            link = self._hub.link_at(slot)
+            if link is not None:
+                observe.EVICTIONS.labels("idle").inc()
+                link.close(CloseCode.IDLE, f"no frame for {limits.idle_ms:,} ms")
+        if mono_ms >= self._grace_until_mono_ms:
+            self.delivery.sweep(mono_ms)
+        self.catchup.sweep()
+        self.handshake.sweep(mono_ms)
+        if self._sweeps % _TOKEN_SWEEPS == 0:
+            self.handshake.sweep_tokens()
 
     async def _hold_lease(self) -> None:
-        """Renew; a lease that is missing is registered again, and every session synced. Sockets stay."""
-        limits = self.limits
         while True:
-            await asyncio.sleep(limits.renew_ms / 1000)
-            try:
-                if self._leased and await self._presence.renew(self.name, self.boot, limits.lease_ms):
-                    continue
-                self._leased = False
-                _log.warning("the presence lease is missing; registering again")
-                await self._presence.open_lease(self.name, self.boot, limits.lease_ms)
-                for session in self.pool:
-                    if session.link is not None and not session.joining:
-                        await self.handshake.register(session)
-                        self.catchup.sync(session, session.level_version, changes=False)
-                self._leased = True
-            except Unavailable as error:
-                _log.warning("presence did not answer: %s", error.detail)
+            await asyncio.sleep(self.limits.renew_ms / 1000)
+            await self.renew_lease()
+
+    async def renew_lease(self) -> None:
+        """Every 2 s. A lease that is missing is registered again, and every session synced; sockets stay."""
+        lease_ms = self.limits.lease_ms
+        try:
+            if self._leased and await self._presence.renew(self.name, self.boot, lease_ms):
+                return
+            self._leased = False
+            _log.warning("the presence lease is missing; registering again")
+            await self._presence.open_lease(self.name, self.boot, lease_ms)
+            for session in self.pool:
+                await self._register_again(session)
+            self._leased = True
+        except Unavailable as error:
+            _log.warning("presence did not answer: %s", error.detail)
+
+    async def _register_again(self, session: Session) -> None:
+        """Also between AUTH and HELLO: it may have been registered under the lease that is gone."""
+        link = session.link
+        if link is None:
+            return
+        try:
+            await self.handshake.register(session)
+        except Unavailable:
+            if session.link is link:
+                raise
+            return  # it ended meanwhile, and holds nobody up
+        if not session.joining:
+            self.catchup.sync(session, session.level_version, changes=False)
 
     def _on_gap(self, user: str, device: str, behind: Behind) -> None:
         self.delivery.on_gap(user, device, behind.conv, behind.head)
