@@ -10,7 +10,7 @@ STUBS    = $(patsubst fastim/_core/%.pyx,fastim._core.%,$(wildcard fastim/_core/
 LINTED  := setup.py fastim tests $(wildcard bench loadtest)
 CORE_TESTS := tests/unit tests/property
 
-.PHONY: venv serve test lint fmt types pytest debug asan kill sim clean
+.PHONY: venv serve test lint fmt types pytest debug asan kill shows bench sim clean
 
 venv: .venv/built
 
@@ -59,6 +59,13 @@ asan: venv
 
 kill: venv
 	$(BIN)/python -m tests.kill.run --messages $(MESSAGES) --kills $(KILLS)
+
+shows: venv
+	$(BIN)/python -m tests.shows.run
+
+bench: venv
+	$(BIN)/python -m bench road --gate
+	$(BIN)/python -m bench recovery
 
 sim: venv
 	$(BIN)/python -m tests.simulation.run --seeds $(SEEDS)

@@ -29,7 +29,7 @@ from bench.server import ROOT, Server
 GATE_US = 60.0
 """CPU per message, all threads, closed loop. The goal of S4d is 30, then 15."""
 BUSY_LIMIT = 0.85
-SETTINGS: dict[str, Any] = {}
+SETTINGS: dict[str, Any] = {"node": {"rate_per_s": 1_000_000, "rate_burst": 1_000_000}}
 """The limits that a paced load of one person per connection would run into."""
 
 

@@ -5,8 +5,10 @@ Everything that a harness must know about the command line and the configuration
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,52 @@ class ServerError(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+    """Loopback ports that nobody listens on now.
+
+    Below the ephemeral range: while a server is killed its clients keep connecting, and the kernel could give
+    one of them the very port it connects to; it would then talk to itself, and the server could not return.
+    """
+    low, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    sockets: list[socket.socket] = []
+    try:
+        while len(sockets) < count:
+            with contextlib.suppress(OSError):
+                sockets.append(socket.create_server(("127.0.0.1", random.randint(low // 2, low - 1))))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def to_toml(table: Mapping[str, Any], name: str = "") -> str:
+    """Values first, then the tables below; enough for what a configuration holds."""
+    values = [
+        f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, Mapping)
+    ]
+    parts = ([f"[{name}]"] if name and values else []) + values
+    below = [
+        to_toml(value, f"{name}.{key}" if name else key)
+        for key, value in table.items()
+        if isinstance(value, Mapping)
+    ]
+    return "\n".join([*parts, *below]) + "\n"
+
+
+def laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` in which the tables of `changes` are laid over its own, table by table."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = (
+            laid_over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged
+
+
+def _environment() -> dict[str, str]:
+    """Ours without the product's own settings: only the file counts."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("FASTIM_")}
+    return {**kept, "PYTHONPATH": str(ROOT)}
 
 
 class Server:
@@ -50,7 +93,7 @@ class Server:
         self.data.mkdir(parents=True, exist_ok=True)
         self.ws_port, self.http_port = free_ports(2)
         self.log = directory / "server.log"
-        self.config = directory / "fastim.json"
+        self.config = directory / "fastim.toml"
         self.cpu = cpu
         self.process: subprocess.Popen[bytes] | None = None
         self.key: SigningKey = create_dev_key(self.data)
@@ -58,7 +101,12 @@ class Server:
         self._write_config(settings or {})
 
     def _write_config(self, settings: dict[str, Any]) -> None:
-        self.config.write_text(json.dumps(settings))
+        own = {
+            "data_dir": str(self.data),
+            "node": {"listen": f"127.0.0.1:{self.ws_port}", "plain": True},
+            "api": {"listen": f"127.0.0.1:{self.http_port}"},
+        }
+        self.config.write_text(to_toml(laid_over(own, settings)))
 
     @property
     def pid(self) -> int:
@@ -81,11 +129,10 @@ class Server:
         """Start the process and return at once."""
         if self.process is not None and self.process.poll() is None:
             raise ServerError("the server runs already")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command("serve", "--dev", "--config", str(self.config)),
-                stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.directory,
+                stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=self.directory,
             )  # fmt: skip
         if self.cpu is not None:
             os.sched_setaffinity(self.process.pid, {self.cpu})
@@ -138,8 +185,10 @@ class Server:
             self.kill()
 
     def log_tail(self, lines: int = 30) -> str:
+        """The last log lines, without what `serve --dev` says about tokens and what to type next."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
+        kept = [line for line in text.splitlines() if not line.startswith("  ") and line]
+        return "\n".join(kept[-lines:])
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -167,7 +216,7 @@ class Server:
             arguments += ["--ids", str(ids)]
         done = subprocess.run(
             self.command(*arguments), capture_output=True, text=True, timeout=300,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=self.directory,
+            env=_environment(), cwd=self.directory,
         )  # fmt: skip
         try:
             return done.returncode, json.loads(done.stdout)

@@ -1,8 +1,8 @@
 """The devices of a kill run: each lives through its spells and writes everything down.
 
 The SDK (phone.Phone) is torn down without a word and opened again on the same local store; in between a raw
-client may take the device's place, deaf or mute. The raw client acknowledges nothing and shows nothing, so the
-next life of the SDK finds the durable cursor where the last one left it.
+client may take the device's place, deaf or mute. The raw client acknowledges nothing and shows nothing, so
+the next life of the SDK finds the durable cursor where the last one left it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tests.kill.raw import RawClient, Refused
 class Device:
     """One (user, device) from the beginning to the end of the run."""
 
-    def __init__(self, server: Server, plan: DevicePlan, logs: Path, stores: Path, rng: random.Random) -> None:
+    def __init__(
+        self, server: Server, plan: DevicePlan, logs: Path, stores: Path, rng: random.Random
+    ) -> None:
         self.plan = plan
         self.log = ClientLog(logs, plan.user, plan.device)
         self._server = server
@@ -91,6 +93,10 @@ class Device:
             self.phone = None
         self.log.close()
 
+    async def appear(self) -> None:
+        """Connect for a moment without the SDK, so that the server knows the user."""
+        await self._raw("arrives", 0.1, deaf=False)
+
     async def _rest(self, low_s: float, high_s: float) -> None:
         """Some time, cut short by calm()."""
         with contextlib.suppress(TimeoutError):
@@ -143,9 +149,7 @@ class Device:
                     client.deaf()
                 ended = asyncio.create_task(client.closed.wait())
                 calm = asyncio.create_task(self._calm.wait())
-                # A mute device stays to the very end; the others come back when it is calm.
-                until = {ended} if self.plan.manner == "mute" else {ended, calm}
-                await asyncio.wait(until, timeout=for_s, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({ended, calm}, timeout=for_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in (ended, calm):
                     task.cancel()
                 await asyncio.gather(ended, calm, return_exceptions=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class DeviceRecord:
     """(conv, from, to, reason)"""
     strange: list[str] = field(default_factory=list)
     """Lines that cannot be: a second, different SENT, for one."""
+    lives: Counter[str] = field(default_factory=Counter)
+    """How often each `life` line was written."""
 
 
 class ClientLog:
@@ -132,6 +135,8 @@ def apply(record: DeviceRecord, line: dict[str, Any]) -> None:
             )
         case "gone":
             record.gone.append((line["conv"], line["seq"], line["to"], line["reason"]))
+        case "life":
+            record.lives[line["what"]] += 1
 
 
 def read_logs(directory: Path) -> list[DeviceRecord]:

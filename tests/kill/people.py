@@ -1,9 +1,9 @@
 """Who takes part in a kill run, who talks to whom, and how each device misbehaves. Drawn from the seed.
 
-    steady   the SDK, restarted now and then, its local store kept
-    shaky    the SDK, with spells: offline, deaf, mute, restarted
-    mute     never the SDK: reads, never acknowledges, to the end
-    gone     connects once, then never again
+steady   the SDK, restarted now and then, its local store kept
+shaky    the SDK, with spells: offline, deaf, mute, restarted
+mute     never the SDK: reads, never acknowledges, to the end
+gone     connects once, then never again
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 """make kill: kill -9 the real server again and again under real clients, then account for every message.
 
-One server process (`fastim serve`), every client in this process: SDK clients with a durable local store, two
-devices for some users, a group, pairs, REST callers, clients which are offline, deaf or mute for spells, some
-restarted. Everybody keeps a log (log.py). The server is killed at K moments drawn from the seed, spread over M
-messages, some of them while it still recovers from the last kill. Then the faults stop, everything must become
-level, and check.py decides from the logs; `fastim audit` on the stopped store must agree id by id. Once, right
-after a kill that left due rows, one due row is deleted from a copy of the data: `fastim audit` must fail on it.
+One server process (`fastim serve`), every client in this process: SDK clients with a durable local store,
+two devices for some users, a group, pairs, REST callers, clients which are offline, deaf or mute for spells,
+some restarted. Everybody keeps a log (log.py). The server is killed at K moments drawn from the seed, spread
+over M messages, some of them while it still recovers from the last kill. Then the faults stop, everything
+must become level, and check.py decides from the logs; `fastim audit` on the stopped store must agree id by
+id. Once, right after a kill that left due rows, one due row is deleted from a copy of the data: `fastim
+audit` must fail on it.
+
+--quick has short timeouts (ack 2 s, a tenth of the retry table, 3 s until push after a start), so that a few
+kills and the rest afterwards take less than a minute.
 
 Last line: lost=0 duplicates=0 inversions=0 kills=K in_flight_at_kill>=1 for N kills
 """
@@ -15,23 +19,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
+from bench import facts
 from bench.server import Server
 from tests.kill import check, people
 from tests.kill.caller import Caller
 from tests.kill.devices import Device, make
 from tests.kill.ledger import Sabotage, due_rows, read_audit, server_settings
 from tests.kill.log import DeviceRecord, read_logs, wall_ms
+from tests.kill.until import until
 from tests.kill.vendor import WebhookServer
 
 LEVEL_DEADLINE_S = 180.0
@@ -39,6 +47,14 @@ REST_DEADLINE_S = 150.0
 SECRET = "9f4c1b7e2d8a5036c4e1f7b92a6d3085e7c1b4f9a2d60853"
 RATE_LIMITS = (20.0, 400.0)
 SECONDS_PER_KILL = 4.0
+QUICK: dict[str, Any] = {
+    "node": {"ack_timeout_ms": 2_000, "probe_ms": 1_000, "grace_ms": 1_000, "drain_window_ms": 500},
+    "dispatch": {
+        "backoff_ms": [100, 200, 400, 800, 1_600, 3_000],
+        "first_due_ms": 200,
+        "reconnect_window_ms": 3_000,
+    },
+}
 
 
 @dataclass
@@ -69,7 +85,7 @@ class Run:
     kills: list[Kill] = field(default_factory=list)
     offered: int = 0
     start: float = field(default_factory=time.monotonic)
-    calm: bool = False
+    background: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
     def records(self) -> list[DeviceRecord]:
@@ -77,6 +93,10 @@ class Run:
 
     def accepted(self) -> int:
         return sum(1 for record in self.records for sub in record.submitted.values() if sub.msg_id)
+
+    def away(self) -> list[tuple[str, str]]:
+        """Devices that come back and have no connection now."""
+        return [device.key for device in self.devices if device.comes_back and not device.connected]
 
     def level_keys(self) -> list[tuple[str, str]]:
         return [device.key for device in self.devices if device.comes_back]
@@ -99,7 +119,9 @@ def in_flight(run: Run) -> tuple[int, int]:
 
 async def talk(run: Run) -> None:
     """Offer the messages, paced so that every kill falls among traffic."""
-    rate = min(max(run.messages / (max(run.kills_wanted, 1) * SECONDS_PER_KILL), RATE_LIMITS[0]), RATE_LIMITS[1])
+    rate = min(
+        max(run.messages / (max(run.kills_wanted, 1) * SECONDS_PER_KILL), RATE_LIMITS[0]), RATE_LIMITS[1]
+    )
     while run.offered < run.messages:
         behind = (time.monotonic() - run.start) * rate - run.offered
         for _ in range(min(int(behind), 50, run.messages - run.offered)):
@@ -139,16 +161,13 @@ async def kill_all(run: Run, sabotage: Sabotage) -> None:
     share = run.messages / (run.kills_wanted + 0.5)
     for number in range(run.kills_wanted):
         moment = (number + run.rng.uniform(0.3, 1.0)) * share
-        while run.offered < moment:
-            await asyncio.sleep(0.01)
+        await until(lambda moment=moment: run.offered >= moment, 600)  # type: ignore[misc]
         if run.rng.random() < 0.2 and number:
             await asyncio.sleep(run.rng.uniform(0.0, 0.3))  # while it starts or recovers
         else:
             await asyncio.to_thread(run.server.wait_ready)
             before = run.accepted()
-            deadline = time.monotonic() + 10
-            while run.accepted() == before and time.monotonic() < deadline:
-                await asyncio.sleep(0.001)
+            await until(lambda before=before: run.accepted() > before, 10, every_s=0.001)  # type: ignore[misc]
             await asyncio.sleep(run.rng.uniform(0.0, 0.2))
         kill = Kill(time.monotonic() - run.start, run.accepted(), *in_flight(run))
         run.server.kill()
@@ -157,9 +176,8 @@ async def kill_all(run: Run, sabotage: Sabotage) -> None:
         if not sabotage.done and number >= 1 and kill.due:
             await asyncio.to_thread(sabotage.attempt, run.server)
         await asyncio.sleep(run.rng.choice((0.0, 0.0, 0.2, 1.0)))
-        back = time.monotonic()
         run.server.spawn()
-        asyncio.create_task(note_return(run, kill, back))  # noqa: RUF006
+        run.background.append(asyncio.create_task(note_return(run, kill), name=f"return {number}"))
         print(
             f"kill {number + 1:3}/{run.kills_wanted} at {kill.at_s:6.1f} s: {kill.accepted:6} accepted, "
             f"{kill.in_flight:5} not acked ({kill.to_connected} for connected clients), {kill.due} due rows",
@@ -167,11 +185,14 @@ async def kill_all(run: Run, sabotage: Sabotage) -> None:
         )
 
 
-async def note_return(run: Run, kill: Kill, since: float) -> None:
-    with contextlib.suppress(Exception):
-        while not await asyncio.to_thread(run.server.listens):
-            await asyncio.sleep(0.02)
-        kill.back_s = time.monotonic() - since
+async def note_return(run: Run, kill: Kill) -> None:
+    """How long the server took to listen again, unless the next kill came first."""
+    since, start = time.monotonic(), run.server.starts
+    while run.server.starts == start and time.monotonic() < since + 60:
+        if await asyncio.to_thread(run.server.listens):
+            kill.back_s = time.monotonic() - since
+            return
+        await asyncio.sleep(0.02)
 
 
 async def become_level(run: Run) -> list[str]:
@@ -183,7 +204,7 @@ async def become_level(run: Run) -> list[str]:
             for record in run.records
             if (n := sum(1 for sub in record.submitted.values() if not sub.msg_id and not sub.refused))
         }
-        offline = [device.key for device in run.devices if device.comes_back and not device.connected]
+        offline = run.away()
         verdict = check.judge(run.records, run.cast.members, run.level_keys(), wall_ms())
         if not waiting and not offline and not verdict.count("lost"):
             return []
@@ -214,7 +235,7 @@ async def live(args: argparse.Namespace, directory: Path) -> int:
     stores.mkdir()
     problems: list[str] = []
     async with WebhookServer(SECRET.encode()) as vendor:
-        server = Server(directory, server_settings(vendor.url, SECRET))
+        server = Server(directory, server_settings(vendor.url, SECRET, QUICK if args.quick else {}))
         try:
             await asyncio.to_thread(server.start)
             devices = make(server, cast, logs, stores, rng)
@@ -231,6 +252,7 @@ async def live(args: argparse.Namespace, directory: Path) -> int:
             print(f"{run.offered} messages offered in {time.monotonic() - run.start:.0f} s; the faults stop")
             await asyncio.gather(*(device.calm() for device in devices if device.plan.manner != "mute"))
             problems += await become_level(run)
+            await asyncio.gather(*(device.calm() for device in devices))
             problems += await come_to_rest(run)
             end_ms = wall_ms()
             for caller in callers:
@@ -239,7 +261,7 @@ async def live(args: argparse.Namespace, directory: Path) -> int:
             code = await asyncio.to_thread(server.stop)
             if code:
                 problems.append(f"the server ended with {code} after SIGTERM:\n{server.log_tail(10)}")
-            return report(run, sabotage, vendor, logs, end_ms, problems)
+            return report(run, sabotage, vendor, logs, end_ms, problems, args)
         finally:
             server.end()
 
@@ -250,18 +272,20 @@ async def everybody_arrives(run: Run) -> None:
         if device.comes_back:
             await device.open()
         else:
-            await device._raw("arrives", 0.1, deaf=False)
-    deadline = time.monotonic() + 20
-    while any(device.comes_back and not device.connected for device in run.devices):
-        if time.monotonic() > deadline:
-            missing = [device.key for device in run.devices if device.comes_back and not device.connected]
-            raise SystemExit(f"never connected: {missing}\n{run.server.log_tail()}")
-        await asyncio.sleep(0.02)
+            await device.appear()
+    if not await until(lambda: not run.away(), 20):
+        raise SystemExit(f"never connected: {run.away()}\n{run.server.log_tail()}")
     await run.callers[0].create_group(people.GROUP, run.cast.members[people.GROUP])
 
 
 def report(
-    run: Run, sabotage: Sabotage, vendor: WebhookServer, logs: Path, end_ms: int, problems: list[str]
+    run: Run,
+    sabotage: Sabotage,
+    vendor: WebhookServer,
+    logs: Path,
+    end_ms: int,
+    problems: list[str],
+    args: argparse.Namespace,
 ) -> int:
     records = read_logs(logs)
     verdict = check.judge(records, run.cast.members, run.level_keys(), end_ms)
@@ -275,7 +299,7 @@ def report(
         problems.append(f"fastim audit did not see a deleted due row: {sabotage.why_not}")
     if vendor.bad:
         problems.append(f"{len(vendor.bad)} calls of the vendor had a wrong signature")
-    table(run, verdict, ledger, totals, vendor, sabotage)
+    result = figures(run, verdict, ledger, totals, vendor, sabotage, args)
     for kind, sentences in [*verdict.found.items(), *ledger.found.items()]:
         for sentence in sentences[:5]:
             print(f"{kind.upper()}: {sentence}")
@@ -289,18 +313,25 @@ def report(
         f"inversions={verdict.count('inversions')} kills={len(run.kills)} "
         f"in_flight_at_kill>=1 for {busy} kills"
     )
-    good = verdict.good and ledger.good and not problems and len(run.kills) == run.kills_wanted
-    return 0 if good and busy == len(run.kills) else 1
+    good = verdict.good and ledger.good and not problems and busy == len(run.kills) == run.kills_wanted
+    result["found"] = {kind: len(found) for kind, found in [*verdict.found.items(), *ledger.found.items()]}
+    result |= {"problems": problems, "good": good}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if good else 1
 
 
-def table(
+def figures(
     run: Run,
     verdict: check.Verdict,
     ledger: check.Verdict,
     totals: dict[str, object],
     vendor: WebhookServer,
     sabotage: Sabotage,
-) -> None:
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Print the sizes of the run; returns them for --json."""
+
     def rows(sizes: Sequence[tuple[str, object]]) -> None:
         for name, value in sizes:
             print(f"  {name:44} {value}")
@@ -324,6 +355,19 @@ def table(
             ("audit of a copy without one due row", sabotage.text),
         ]
     )
+    return {
+        "bench": "kill",
+        **facts.gather(),
+        "n": args.messages,
+        "seed": args.seed,
+        "quick": args.quick,
+        "logs": dict(verdict.sizes),
+        "obligations": dict(ledger.sizes),
+        "audit": totals,
+        "kills": [asdict(kill) for kill in run.kills],
+        "vendor_calls": len(vendor.calls),
+        "sabotage": sabotage.text,
+    }
 
 
 def _range(values: Sequence[float], *, middle: bool = False) -> str:
@@ -333,14 +377,21 @@ def _range(values: Sequence[float], *, middle: bool = False) -> str:
     return f"{low:.4g} / {max(values):.4g}"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--messages", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="0: a new one, printed")
+    parser.add_argument("--quick", action="store_true", help="short timeouts, for a few kills")
+    parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--keep", action="store_true", help="keep logs and data, and say where they are")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(words)
     args.seed = args.seed or random.SystemRandom().randrange(1, 1 << 31)
+    return args
+
+
+def main(words: list[str] | None = None) -> int:
+    args = arguments(words)
     print(f"seed {args.seed}: {args.messages} messages, {args.kills} kills", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="fastim-kill-"))
     code = 1
