@@ -29,6 +29,7 @@ from fastim.model import KindRule, Message
 from fastim.node.catchup import Catchup
 from fastim.node.delivery import refuse
 from fastim.node.limits import NodeLimits
+from fastim.node.link import Link
 from fastim.node.session import Session
 from fastim.store.base import MessageStore
 
@@ -65,6 +66,29 @@ class SendRate:
         return 0
 
 
+class _Question:
+    """A frame that is to be answered, on the connection that asked: a later one knows nothing of its req."""
+
+    __slots__ = ("conv", "link", "op", "req")
+
+    def __init__(self, link: Link, op: int, req: int, conv: str) -> None:
+        self.link = link
+        self.op = op
+        self.req = req
+        self.conv = conv
+
+    @property
+    def named(self) -> bool:
+        return bool(self.req or self.conv)
+
+    def refuse(self, error: PeerError) -> None:
+        observe.ERRORS_SENT.labels(error.code).inc()
+        refusal = p.Error(
+            self.op, error.code, error.detail, error.retryable, error.retry_after_ms, b"", self.req, self.conv
+        )
+        self.link.send(p.encode(refusal))
+
+
 class Commands:
     """The cold half of a session's protocol."""
 
@@ -98,24 +122,37 @@ class Commands:
 
     def take(self, session: Session, op: int, frame: bytes) -> None:
         """One frame of an authenticated connection. Raises PeerError; the core answers with ERROR."""
+        link = session.link
+        assert link is not None
+        found = p.decode(op, frame)
+        if type(found) is p.Send:
+            self._send(session, found)
+            return
+        question = _Question(link, op, getattr(found, "req", 0), getattr(found, "conv", ""))
+        try:
+            self._take(session, question, found)
+        except PeerError as error:
+            if not question.named:
+                raise
+            question.refuse(error)
+
+    def _take(self, session: Session, question: _Question, found: p.Frame) -> None:
+        op = question.op
         if op in p.RESERVED:
             raise PeerError("unsupported", f"op {op} ({p.Op(op).name}) is not supported by this server yet")
-        found = p.decode(op, frame)
         match found:
-            case p.Send():
-                self._send(session, found)
             case p.Read():
                 authorise(session.identity, Action.READ, conv=found.conv)
-                self._ask(session, op, self._read(session, found), conv=found.conv)
+                self._ask(session, question, self._read(session, question, found))
             case p.Pull():
                 self._pull(session, found)
             case p.History():
                 authorise(session.identity, Action.READ, conv=found.conv)
                 self._check_page(found.limit, p.MAX_HISTORY_LIMIT)
-                self._ask(session, op, self._history(session, found), req=found.req, conv=found.conv)
+                self._ask(session, question, self._history(session, question, found))
             case p.Convs():
                 self._check_page(found.limit, self._limits.page_conversations)
-                self._ask(session, op, self._convs(session, found), req=found.req)
+                self._ask(session, question, self._convs(session, question, found))
             case p.Sync():
                 self._catchup.sync(session, found.user_cursor, changes=True)
             case p.Refresh():
@@ -202,55 +239,38 @@ class Commands:
 
     # --------------------------------------------------------------------------------------- questions
 
-    def _ask(
-        self, session: Session, op: int, work: Coroutine[Any, Any, None], *, req: int = 0, conv: str = ""
-    ) -> None:
+    def _ask(self, session: Session, question: _Question, work: Coroutine[Any, Any, None]) -> None:
         """Let a question wait for its answer without holding up the frames behind it."""
         limit = self._limits.requests_per_session
         if session.requests >= limit:
             work.close()
             detail = f"{session.requests} requests are under way; limit {limit}"
-            self._answer(
-                session, op, PeerError("busy", detail, retryable=True, retry_after_ms=100), req, conv
-            )
-            return
+            raise PeerError("busy", detail, retryable=True, retry_after_ms=100)
         session.requests += 1
-        self._spawn(self._guarded(session, op, work, req, conv), f"op {op} of {session.id[:8]}")
+        self._spawn(self._guarded(session, question, work), f"op {question.op} of {session.id[:8]}")
 
-    async def _guarded(
-        self, session: Session, op: int, work: Coroutine[Any, Any, None], req: int, conv: str
-    ) -> None:
+    async def _guarded(self, session: Session, question: _Question, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except PeerError as error:
-            self._answer(session, op, error, req, conv)
+            question.refuse(error)
         except Unavailable as error:
             wait_ms = _UNAVAILABLE_RETRY_MS
-            refused = PeerError("unavailable", str(error), retryable=True, retry_after_ms=wait_ms)
-            self._answer(session, op, refused, req, conv)
+            question.refuse(PeerError("unavailable", str(error), retryable=True, retry_after_ms=wait_ms))
         finally:
             session.requests -= 1
 
-    @staticmethod
-    def _answer(session: Session, op: int, error: PeerError, req: int, conv: str) -> None:
-        observe.ERRORS_SENT.labels(error.code).inc()
-        if session.link is not None:
-            session.link.send(
-                p.encode(
-                    p.Error(
-                        op, error.code, error.detail, error.retryable, error.retry_after_ms, b"", req, conv
-                    )
-                )
-            )
-
-    async def _read(self, session: Session, found: p.Read) -> None:
+    async def _read(self, session: Session, question: _Question, found: p.Read) -> None:
         mark, unread = await self._store.read(session.user, found.conv, found.seq, self._clock.wall_ms())
-        if session.link is not None:
-            session.link.send(p.encode(p.ReadMark(found.conv, session.user, mark, unread)))
+        question.link.send(p.encode(p.ReadMark(found.conv, session.user, mark, unread)))
         notice = ReadNotice(found.conv, session.user, mark, session.id, found.private)
-        await self._bus.publish([Outgoing(SUBMIT, found.conv, encode_record(notice))])
+        try:
+            await self._bus.publish([Outgoing(SUBMIT, found.conv, encode_record(notice))])
+        except BusUnavailable:
+            # The mark is stored and answered; who is not told learns it with the next sync.
+            self.bus_failures += 1
 
-    async def _history(self, session: Session, found: p.History) -> None:
+    async def _history(self, session: Session, question: _Question, found: p.History) -> None:
         messages, more = await self._store.history(
             session.user, found.conv, before_seq=found.before_seq, after_seq=found.after_seq,
             from_ms=found.from_ms, to_ms=found.to_ms, limit=found.limit, now_ms=self._clock.wall_ms(),
@@ -258,21 +278,24 @@ class Commands:
         newest_first = found.after_seq == 0
         kept, cut = _fitting(messages, newest_first=newest_first)
         page = p.HistoryPage(found.req, found.conv, [p.history_item(m) for m in kept], more or cut)
-        if session.link is not None:
-            session.link.send(p.encode(page))
+        question.link.send(p.encode(page))
 
-    async def _convs(self, session: Session, found: p.Convs) -> None:
+    async def _convs(self, session: Session, question: _Question, found: p.Convs) -> None:
         page = await self._store.conversations(
             session.user, session.device, found.user_cursor, found.limit, self._clock.wall_ms()
         )
         changes = [self._catchup.change(item) for item in page.items]
-        if session.link is not None:
-            session.link.send(p.encode(p.Changes(found.req, changes, page.version, page.more)))
+        question.link.send(p.encode(p.Changes(found.req, changes, page.version, page.more)))
 
     def _pull(self, session: Session, found: p.Pull) -> None:
         authorise(session.identity, Action.READ, conv=found.conv)
         if not 1 <= found.from_seq <= found.to_seq:
             raise PeerError("bad_range", f"seqs {found.from_seq:,}-{found.to_seq:,}; must be 1 <= from <= to")
+        waiting = len(session.behind)
+        if waiting >= self._limits.pulls_waiting and found.conv not in session.behind:
+            # Names of conversations cost a client nothing, so it could invent them faster than they are read.
+            detail = f"{waiting:,} conversations wait to be streamed; limit {self._limits.pulls_waiting:,}"
+            raise PeerError("busy", detail, retryable=True, retry_after_ms=1_000)
         session.put_behind(found.conv, 0, found.from_seq - 1, dup=True)
         observe.BEHIND.labels("pull").inc()
         self._catchup.wake(session)

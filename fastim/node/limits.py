@@ -47,6 +47,8 @@ class NodeLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """A list page waits until less than this is unwritten."""
     requests_per_session: int = 8
     """History, list, read and refresh requests under way at once."""
+    pulls_waiting: int = 1_024
+    """Above so many conversations that are BEHIND, a PULL of another one is told to come again."""
     max_publish: int = 1_024
     """Sends handed to the bus at once."""
     backoff_ms: tuple[int, ...] = (1_000, 2_000, 4_000, 8_000, 16_000, 30_000)
