@@ -1,0 +1,194 @@
+"""Rows of the timeline as messages, in seq order or append order, one user's or everybody's."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastim.errors import PeerError
+from fastim.model import Message, SkipReason, is_expired
+from fastim.store.base import Gap, StreamPage
+from fastim.store.sqlite.files import Sql
+from fastim.store.sqlite.names import EPOCH, Names, Span
+
+_COLUMNS: Final = (
+    "conv, seq, msg_id, cseq, sender, client_id, kind, flags, ts_ms, loss_time_ms, body, mentions, recalled"
+)
+_MOST_READ: Final = 1_000
+"""Rows of one page of history or scan, whatever is asked for."""
+
+
+def forbidden(user: str, conv: str) -> PeerError:
+    """The same for a conversation of others and for one that is not: nobody learns which exist."""
+    return PeerError("forbidden", f"{user} is not in {conv}")
+
+
+class Rows:
+    """Reads of the timeline on one connection."""
+
+    def __init__(self, sql: Sql, names: Names) -> None:
+        self._sql = sql
+        self._names = names
+
+    def message(self, row: Any) -> Message:
+        conv, seq, msg_id, cseq, sender, client_id, kind, flags, ts_ms, loss_ms, body, mentions, recalled = (
+            row
+        )
+        names = self._names
+        return Message(
+            names.conv_name(conv), seq, msg_id, cseq, names.epoch(conv), names.person_name(sender),
+            client_id, kind, flags, ts_ms, loss_ms, body,
+            tuple(mentions.split("\n")) if mentions else (), bool(recalled),
+        )  # fmt: skip
+
+    def head(self, conv: int) -> int:
+        return int(self._sql.value("SELECT max(seq) FROM message WHERE conv = ?", (conv,)) or 0)
+
+    # ------------------------------------------------------------------------------------------- stream
+
+    def stream(
+        self, user: str, conv: str, after_seq: int, now_ms: int, limit: int, max_bytes: int
+    ) -> StreamPage:
+        """At most `limit` seqs: messages as they are, runs of what is never shown as one Gap each."""
+        names = self._names
+        spans = names.spans(user, conv)
+        if not spans:
+            raise forbidden(user, conv)
+        conv_id = names.conv_id(conv)
+        if not conv_id:
+            return StreamPage((), 0, 0, EPOCH)
+        head = self.head(conv_id)
+        page = _Page(conv, min(max(after_seq, 0), head), max_bytes)
+        left = max(limit, 1)
+        while page.position < head and left > 0:
+            span = next((span for span in spans if span.last > page.position), None)
+            if span is None or span.first > page.position + 1:
+                page.skip(min(span.first - 1, head) if span else head, SkipReason.NOT_MEMBER)
+                left -= 1
+                continue
+            rows = self._sql.db.execute(
+                f"SELECT {_COLUMNS} FROM message WHERE conv = ? AND seq > ? AND seq <= ?"
+                " ORDER BY seq LIMIT ?",
+                (conv_id, page.position, min(span.last, head), left),
+            )
+            for row in rows:
+                if not page.take(self.message(row), now_ms):
+                    left = 0
+                    break
+                left -= 1
+        return StreamPage(tuple(page.entries), page.position, head, names.epoch(conv_id))
+
+    # ---------------------------------------------------------------------------------------- history etc.
+
+    def history(
+        self,
+        user: str,
+        conv: str,
+        before_seq: int,
+        after_seq: int,
+        from_ms: int,
+        to_ms: int,
+        limit: int,
+        now_ms: int,
+    ) -> tuple[list[Message], bool]:
+        """Oldest first above after_seq if only that is given, else newest first below before_seq."""
+        spans = self._names.spans(user, conv)
+        if not spans:
+            raise forbidden(user, conv)
+        rising = bool(after_seq) and not before_seq
+        limit = min(max(limit, 1), _MOST_READ)
+        where = ["conv = ?", "seq > ?", "NOT recalled", "(loss_time_ms = 0 OR loss_time_ms >= ?)"]
+        args: list[int] = [self._names.conv_id(conv), after_seq, now_ms]
+        for condition, value in (("seq < ?", before_seq), ("ts_ms >= ?", from_ms), ("ts_ms <= ?", to_ms)):
+            if value:
+                where.append(condition)
+                args.append(value)
+        rows = self._sql.db.execute(
+            f"SELECT {_COLUMNS} FROM message WHERE {' AND '.join(where)}"
+            f" ORDER BY seq {'ASC' if rising else 'DESC'}",
+            args,
+        )
+        found: list[Message] = []
+        for row in rows:
+            if not _seen(spans, row[1]):
+                continue
+            if len(found) == limit:
+                return (found if rising else found[::-1]), True
+            found.append(self.message(row))
+        return (found if rising else found[::-1]), False
+
+    def newest(self, conv: int, spans: tuple[Span, ...], now_ms: int) -> Message | None:
+        """What a conversation list shows: the newest of the last 100 that is no control event and visible."""
+        for row in self._sql.db.execute(
+            f"SELECT {_COLUMNS} FROM message WHERE conv = ? ORDER BY seq DESC LIMIT 100", (conv,)
+        ):
+            message = self.message(row)
+            if (
+                message.kind < 32
+                and not message.recalled
+                and not message.expired(now_ms)
+                and _seen(spans, message.seq)
+            ):
+                return message
+        return None
+
+    def find(self, msg_id: int, client_id: bytes, sender: str) -> Message | None:
+        if msg_id:
+            row = self._sql.row(f"SELECT {_COLUMNS} FROM message WHERE msg_id = ?", (msg_id,))
+        elif sender:
+            row = self._sql.row(
+                f"SELECT {_COLUMNS} FROM message WHERE client_id = ? AND sender = ?"
+                " ORDER BY msg_id DESC LIMIT 1",
+                (client_id, self._names.person(sender)),
+            )
+        else:
+            row = self._sql.row(
+                f"SELECT {_COLUMNS} FROM message WHERE client_id = ? ORDER BY msg_id DESC LIMIT 1",
+                (client_id,),
+            )
+        return None if row is None else self.message(row)
+
+    def scan(self, after_msg_id: int, limit: int) -> list[Message]:
+        rows = self._sql.rows(
+            f"SELECT {_COLUMNS} FROM message WHERE msg_id > ? ORDER BY msg_id LIMIT ?",
+            (after_msg_id, min(max(limit, 1), _MOST_READ)),
+        )
+        return [self.message(row) for row in rows]
+
+
+class _Page:
+    """A stream page while it is filled."""
+
+    def __init__(self, conv: str, position: int, max_bytes: int) -> None:
+        self.entries: list[Message | Gap] = []
+        self.position = position
+        self._conv = conv
+        self._left_bytes = max_bytes
+
+    def skip(self, to_seq: int, reason: int) -> None:
+        """Everything up to to_seq is never shown."""
+        first = self.position + 1
+        last = self.entries[-1] if self.entries else None
+        if isinstance(last, Gap) and last.reason == reason:
+            first = last.from_seq
+            self.entries.pop()
+        self.entries.append(Gap(self._conv, first, to_seq, int(reason)))
+        self.position = to_seq
+
+    def take(self, message: Message, now_ms: int) -> bool:
+        """False if the page has no room for it. The first message always has."""
+        if message.recalled:
+            self.skip(message.seq, SkipReason.RECALLED)
+        elif is_expired(message.loss_time_ms, now_ms):
+            self.skip(message.seq, SkipReason.EXPIRED)
+        else:
+            size = len(message.body)
+            if size > self._left_bytes and any(isinstance(entry, Message) for entry in self.entries):
+                return False
+            self._left_bytes -= size
+            self.entries.append(message)
+            self.position = message.seq
+        return True
+
+
+def _seen(spans: tuple[Span, ...], seq: int) -> bool:
+    return any(span.first <= seq <= span.last for span in spans)

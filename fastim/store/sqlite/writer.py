@@ -1,0 +1,251 @@
+"""Group commit: every call that is waiting when the writer wakes goes into one transaction.
+
+    call ─▶ queue ─▶ one hop to the writer's thread ─▶ BEGIN · call · call · slice of the projection · COMMIT
+                                                          each in a savepoint of its own
+
+G1  a call that fails undoes itself and nobody else
+G2  a COMMIT that fails fails every call of the group, and what they left in memory (heads, names, the tail)
+    is forgotten; whatever state SQLite is in then, the next group starts clean
+G3  a result is given only after the COMMIT returned, and the tail knows it by then (Store.S8)
+    tests/contract/test_store_sqlite.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import apsw
+
+from fastim.errors import StoreUnavailable
+from fastim.store.sqlite import files
+from fastim.store.sqlite.duties import Duties
+from fastim.store.sqlite.files import Sql
+from fastim.store.sqlite.ledger import Ledger
+from fastim.store.sqlite.lists import Lists
+from fastim.store.sqlite.minting import Minter
+from fastim.store.sqlite.names import Names
+from fastim.store.sqlite.people import Devices, Groups, Nodes
+from fastim.store.sqlite.push import PushBox
+from fastim.store.sqlite.tail import Dirty, Projector, Tail
+from fastim.store.sqlite.timeline import Timeline
+
+T = TypeVar("T")
+
+GROUP_CALLS: Final = 256
+"""Calls of one transaction: what one caller waits for on behalf of the others."""
+
+
+class Runner(Protocol):
+    """Where the store's blocking work runs. The work of one runner never overlaps itself."""
+
+    async def __call__(self, work: Callable[[], T]) -> T: ...
+
+
+class ThreadRunner:
+    """A thread that does one piece of work after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    async def __call__(self, work: Callable[[], T]) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.put((work, future))
+        return await future
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, future = item
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = work()
+            except BaseException as raised:
+                error = raised
+            # A loop that is closed has nobody left who waits.
+            with contextlib.suppress(RuntimeError):
+                future.get_loop().call_soon_threadsafe(_finish, future, result, error)
+            del item, work, future, result, error
+
+    def close(self) -> None:
+        """After the last call has returned."""
+        self._queue.put(None)
+        self._thread.join()
+
+
+def _finish(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+class Call:
+    """One call of the port on its way through a group."""
+
+    __slots__ = ("error", "future", "result", "work")
+
+    def __init__(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        self.work = work
+        self.future = future
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def deliver(self) -> None:
+        _finish(self.future, self.result, self.error)
+
+
+class Writer:
+    """The connection that writes, and all that it remembers. Everything but `call` runs in its runner."""
+
+    def __init__(
+        self, directory: Path, vfs: str, synchronous: str, tail: Tail, run: Callable[..., Awaitable[Any]]
+    ) -> None:
+        self._files = (directory, vfs, synchronous)
+        self._run = run
+        self._queue: list[Call] = []
+        self._task: asyncio.Task[None] | None = None
+        self._broken = False
+        self.sql = sql = Sql(files.open_writer(*self._files))
+        try:
+            files.migrate(sql.db)
+        except BaseException:
+            sql.db.close(True)
+            raise
+        self.tail = tail
+        self.names = names = Names(sql)
+        self.minter = Minter()
+        self.timeline = Timeline(sql, names, self.minter, tail)
+        self.push = PushBox(sql, names, Lists(sql, names, tail).badge)
+        self.duties = Duties(sql, names, self.push)
+        self.ledger = Ledger(sql, names)
+        self.groups = Groups(sql, names, self.minter, tail)
+        self.devices = Devices(sql, names)
+        self.nodes = Nodes(sql)
+        self._projector = Projector(sql, tail)
+        self.next_due_ms = self.duties.next_due_ms()
+        self.next_push_ms = self.push.next_ms()
+        self._load()
+
+    def _load(self) -> None:
+        sql = self.sql
+        meta = dict(sql.rows("SELECT name, value FROM meta"))
+        self.minter.last = max(self.ledger.head_msg_id(), meta["minted"])
+        self.tail.load(sql, self.names, meta["projected"], self.minter.last)
+
+    # ------------------------------------------------------------------------------------- from the loop
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run work inside the next group; its result once that is committed. Raises StoreUnavailable."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.append(Call(work, future))
+        if self._task is None:
+            self._task = loop.create_task(self._turn(), name="store.writer")
+        return await future
+
+    async def _turn(self) -> None:
+        try:
+            while self._queue:
+                for call in await self._run(self._group):
+                    call.deliver()
+        finally:
+            self._task = None
+
+    async def drained(self) -> None:
+        """Everything that was called is done."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    # -------------------------------------------------------------------------------------- in the runner
+
+    def _group(self) -> list[Call]:
+        """One transaction. Never raises: each call carries its own outcome."""
+        calls = self._queue[:GROUP_CALLS]
+        del self._queue[: len(calls)]
+        try:
+            self._transact(calls)
+        except BaseException as error:
+            self._forget()
+            failure = files.unavailable(error) if isinstance(error, apsw.Error) else error
+            for call in calls:
+                if call.error is None:
+                    call.result, call.error = None, failure
+        return calls
+
+    def _transact(self, calls: list[Call]) -> None:
+        self._reopen()
+        sql = self.sql
+        sql.run("BEGIN IMMEDIATE")
+        project = self._projector.wanted()
+        alone = len(calls) == 1 and not project
+        for call in calls:
+            self._one(call, alone)
+        projected: list[Dirty] = []
+        if project:
+            projected = self._projector.slice()
+        next_due_ms, next_push_ms = self.duties.next_due_ms(), self.push.next_ms()
+        if alone and calls[0].error is not None:
+            sql.run("ROLLBACK")
+            return
+        sql.run("COMMIT")
+        self.tail.committed(self.minter.last, projected)
+        self._projector.done(projected)
+        self.timeline.kept()
+        self.names.kept()
+        self.next_due_ms, self.next_push_ms = next_due_ms, next_push_ms
+
+    def _one(self, call: Call, alone: bool) -> None:
+        """Run a call; if it fails, undo it alone. Raises apsw.Error if that is impossible."""
+        sql = self.sql
+        before = self.names.fresh, self.timeline.touched, self.tail.pending
+        if not alone:
+            sql.run("SAVEPOINT call")
+        try:
+            call.result = call.work()
+        except BaseException as error:
+            call.error = files.unavailable(error) if isinstance(error, apsw.Error) else error
+            self.names.undo(before[0])
+            self.timeline.undo(before[1])
+            self.tail.undo(before[2])
+            if not sql.db.in_transaction:
+                # SQLite has rolled everything back by itself: what earlier calls did is gone too.
+                raise StoreUnavailable(str(error)) from error
+            if not alone:
+                sql.run("ROLLBACK TO call")
+        if not alone:
+            sql.run("RELEASE call")
+
+    def _forget(self) -> None:
+        """Back to what the last commit left; a connection that cannot even roll back is replaced."""
+        self.timeline.undo(0)
+        self.tail.undo(0)
+        self.names.kept()
+        self.names.forget()
+        try:
+            if self.sql.db.in_transaction:
+                self.sql.run("ROLLBACK")
+        except apsw.Error:
+            self._broken = True
+
+    def _reopen(self) -> None:
+        if self._broken:
+            with contextlib.suppress(apsw.Error):
+                self.sql.db.close(True)
+            self.sql.db = files.open_writer(*self._files)
+            self._broken = False
+
+    def close(self) -> None:
+        with contextlib.suppress(apsw.Error):
+            self.sql.db.close(True)
