@@ -118,10 +118,14 @@ FLUSH_SECONDS = _histogram("flush_seconds", "Duration of a node's flush of curso
 SUBMITTED = _counter("submitted", "Messages offered to the submit queue, by way in", ["way"])
 APPENDED = _counter("appended", "What append did with messages", ["status"])
 NUDGES = _counter("nudges", "Nudges sent to nodes")
-PARKS = _counter("parks", "Due rows parked, by reason", ["reason"])
-PUSHES = _counter("pushes", "Vendor pushes, by vendor and outcome", ["vendor", "outcome"])
+PARKS = _counter("parks", "(user, conversation) pairs parked")
+PUSHES = _counter(
+    "pushes", "Vendor pushes by outcome: ok gone retry gave_up expired no_vendor silent", ["outcome"]
+)
 DUE_ROWS = _gauge("due_rows", "Due rows seen at the last claim")
 BUS_LAG = _gauge("bus_lag", "Records not yet settled", ["topic"])
+
+FLOWS = _counter("flows", "What node and dispatch counted beside the above", ["part", "name"])
 
 # Store, presence, loop.
 STORE_BATCH = _histogram("store_batch_frames", "Frames in one append commit", _SIZES)

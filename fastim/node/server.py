@@ -199,12 +199,17 @@ class _Socket(WSProtocol):  # type: ignore[misc]
 
 
 class Listener:
-    """One listening address of a node; accepted links get their owner from the hub's `accept`."""
+    """One listening address of a node; accepted links get their owner from the hub's `accept`.
 
-    def __init__(self, config: ListenerConfig, hub: CoreHub, clock: Clock) -> None:
+    failures: shared with other ways in, so that one address has one allowance.
+    """
+
+    def __init__(
+        self, config: ListenerConfig, hub: CoreHub, clock: Clock, failures: FailureLimit | None = None
+    ) -> None:
         self.config = config
         self._hub = hub
-        self._limit = FailureLimit(config.failures_per_minute, clock)
+        self._limit = FailureLimit(config.failures_per_minute, clock) if failures is None else failures
         self._balancers = Balancers(config.balancers)
         self._sockets: set[_Socket] = set()
         self._servers: list[asyncio.AbstractServer] = []
@@ -264,9 +269,10 @@ class Listener:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.config.sndbuf_bytes)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.bind(address)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             sock.close()
-            raise UsageError(f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"cannot listen on {address[0]} port {address[1]}: {why}") from None
         return sock
 
     async def _serve(self, sock: socket.socket) -> asyncio.AbstractServer:

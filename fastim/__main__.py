@@ -1,0 +1,5 @@
+"""python -m fastim"""
+
+from fastim.cli import main
+
+main()
