@@ -265,9 +265,7 @@ class SqliteStore:
         return await self._write(lambda w: w.push.claim(holder, now_ms, claim_ms, limit))
 
     async def finish_push(self, holder: str, row: base.PushRow, now_ms: int, *, retry_at_ms: int) -> None:
-        await self._write(
-            lambda w: w.push.finish(holder, row.user, row.conv, row.push_id, now_ms, retry_at_ms)
-        )
+        await self._write(lambda w: w.push.finish(holder, row, now_ms, retry_at_ms))
 
     # ------------------------------------------------------------------------------------- recovery and audit
 
