@@ -27,7 +27,7 @@ from fastim.model import Fate, KindRule, Message, SkipReason, preview
 from fastim.node.limits import NodeLimits
 from fastim.node.link import Link
 from fastim.node.session import CURSOR, Heard, Parcel, Session, Sync
-from fastim.protocol import Changes, ConvChange, Level, Skip, encode, encode_msg_tail
+from fastim.protocol import MSG_PREFIX_BYTES, Changes, ConvChange, Level, Skip, encode, encode_msg_tail
 from fastim.store.base import ConvState, Gap, MessageStore, StreamPage
 
 _SKIP_FATES: Final = {SkipReason.EXPIRED: Fate.EXPIRED, SkipReason.RECALLED: Fate.RECALLED}
@@ -38,7 +38,7 @@ _PREVIEW_CHARS: Final = 80
 class Window(Protocol):
     """What delivery knows about the room of a session."""
 
-    def has_room(self, session: Session) -> bool: ...
+    def has_room(self, session: Session, more_bytes: int = 0) -> bool: ...
 
     def write_stream(self, session: Session, message: Message, tail: bytes, *, dup: bool) -> None: ...
 
@@ -130,22 +130,24 @@ class Catchup:
                 return False
             await self._page(session, link, session.sync)
             return True
-        window = self._window()
-        if not window.has_room(session):
-            if session.full_since_mono_ms == 0:
-                session.full_since_mono_ms = self._clock.mono_ms()
-            if link.overflow:
-                session.choked = True
-                self._stall(session)  # no ack may come to tell that the buffer has drained
+        if not self._window().has_room(session):
+            self._full(session, link)
             return False
         if session.choked:
             session.choked = False
             session.full_since_mono_ms = 0
         for conv, heard in session.behind.items():
             if not heard.paused:
-                await self._stream(session, link, conv, heard)
-                return True
+                return await self._stream(session, link, conv, heard)
         return False
+
+    def _full(self, session: Session, link: Link) -> None:
+        """Nothing more fits; the next ack wakes the session."""
+        if session.full_since_mono_ms == 0:
+            session.full_since_mono_ms = self._clock.mono_ms()
+        if link.overflow:
+            session.choked = True
+            self._stall(session)  # no ack may come to tell that the buffer has drained
 
     def _window(self) -> Window:
         assert self.window is not None
@@ -153,7 +155,8 @@ class Catchup:
 
     # -- one conversation
 
-    async def _stream(self, session: Session, link: Link, conv: str, heard: Heard) -> None:
+    async def _stream(self, session: Session, link: Link, conv: str, heard: Heard) -> bool:
+        """One page. False: it did not fit."""
         version = heard.version
         position = heard.position
         try:
@@ -167,33 +170,37 @@ class Catchup:
             # Not (or no longer) a member: there is nothing to be had.
             if session.link is link and session.behind.get(conv) is heard:
                 self._level(session, conv)
-            return
+            return True
         if session.link is not link or session.behind.get(conv) is not heard or heard.version != version:
-            return
+            return True
         reached = self._write(session, conv, page, position, heard.dup)
         heard.position = reached
         if reached < page.to_seq:
-            # The window is full; whoever acks next wakes the session, and others get their turn.
-            return
+            self._full(session, link)
+            return False
         stale = page.to_seq <= position and not page.entries
         if page.to_seq >= page.head and (page.to_seq >= heard.upto or stale):
             self._level(session, conv)
         else:
             del session.behind[conv]
             session.behind[conv] = heard
+        return True
 
     def _write(self, session: Session, conv: str, page: StreamPage, position: int, dup: bool) -> int:
         """As much of the page as the window takes. Returns the seq that was reached."""
         window = self._window()
         reached = position
         for entry in page.entries:
-            if not window.has_room(session):
-                return reached
             if isinstance(entry, Gap):
+                if not window.has_room(session):
+                    return reached
                 self._skip(session, conv, entry, page.epoch)
                 reached = entry.to_seq
             else:
-                window.write_stream(session, entry, encode_msg_tail(entry), dup=dup)
+                tail = encode_msg_tail(entry)
+                if not window.has_room(session, len(tail) + MSG_PREFIX_BYTES):
+                    return reached
+                window.write_stream(session, entry, tail, dup=dup)
                 self.streamed += 1
                 reached = entry.seq
         return max(reached, page.to_seq)

@@ -36,7 +36,7 @@ from fastim.node.flush import Flusher
 from fastim.node.limits import NodeLimits
 from fastim.node.link import Link
 from fastim.node.pool import ConnPool
-from fastim.node.session import CURSOR, Entry, Parcel, Session
+from fastim.node.session import CURSOR, Entry, Heard, Parcel, Session
 from fastim.protocol import (
     MSG_PREFIX_BYTES,
     CloseCode,
@@ -149,12 +149,9 @@ class Delivery:
             self._flusher.release(entry)
 
     def _writable(self, session: Session, found: Deliver) -> bool:
-        link = session.link
-        if link is None or session.syncing or found.conv in session.behind or link.overflow:
+        if session.syncing or found.conv in session.behind:
             return False
-        messages, size = self._acks.unacked(session.ack_slot)
-        limits = self._limits
-        return messages < limits.window_messages and size + len(found.tail) <= limits.window_bytes
+        return self.has_room(session, len(found.tail) + MSG_PREFIX_BYTES)
 
     def _write(self, entry: Entry, session: Session, found: Deliver, own: bool, mono_ms: int) -> None:
         tag = session.tag = session.tag + 1
@@ -175,6 +172,12 @@ class Delivery:
     def _put_behind(self, session: Session, found: Deliver, mono_ms: int) -> None:
         """Everything before found.seq was written live when the conversation is LEVEL on a connection."""
         if session.note_live(found.conv, found.seq):
+            heard = session.behind[found.conv]
+            idle = heard.paused and not heard.retry_mono_ms and session.link is not None
+            if idle and self._watched_here(session):
+                # The repeats had ended; what is new begins them again.
+                session.retries.pop(found.conv, None)
+                self._repeat_later(session, found.conv, heard, mono_ms)
             return
         known = session.link is not None and not session.syncing
         session.put_behind(found.conv, found.seq, found.seq - 1 if known else CURSOR)
@@ -184,13 +187,15 @@ class Delivery:
                 session.full_since_mono_ms = mono_ms
             self._catchup.wake(session)
 
-    def has_room(self, session: Session) -> bool:
-        """Whether one more frame may be under way to this session."""
+    def has_room(self, session: Session, more_bytes: int = 0) -> bool:
+        """Whether one more frame may be under way to this session. An empty window takes any."""
         link = session.link
         if link is None or link.overflow:
             return False
         messages, size = self._acks.unacked(session.ack_slot)
-        return messages < self._limits.window_messages and size < self._limits.window_bytes
+        limits = self._limits
+        fits = size + more_bytes <= limits.window_bytes or messages == 0
+        return messages < limits.window_messages and fits
 
     # -------------------------------------------------------------------------------------- other records
 
@@ -461,11 +466,14 @@ class Delivery:
             heard = session.put_behind(conv, highest, CURSOR, dup=True, paused=True)
             observe.BEHIND.labels("timeout").inc()
             if self._watched_here(session):
-                retries = session.retries.get(conv, 0)
-                if retries < len(self._limits.backoff_ms):
-                    session.retries[conv] = retries + 1
-                    heard.retry_mono_ms = mono_ms + self._limits.backoff_ms[retries]
-                    self._retrying.add(session)
+                self._repeat_later(session, conv, heard, mono_ms)
+
+    def _repeat_later(self, session: Session, conv: str, heard: Heard, mono_ms: int) -> None:
+        retries = session.retries.get(conv, 0)
+        if retries < len(self._limits.backoff_ms):
+            session.retries[conv] = retries + 1
+            heard.retry_mono_ms = mono_ms + self._limits.backoff_ms[retries]
+            self._retrying.add(session)
 
     def _watched_here(self, session: Session) -> bool:
         """Another device of the user may have acknowledged: no due row will nudge this one."""
