@@ -4,7 +4,8 @@ A store is filled through SqliteStore itself: most messages settled by flushes, 
 neither acked nor due, as after a kill -9 in the middle of traffic. Then `fastim serve` is started on it, and
 the clock runs from exec until a client's SEND was answered by SENT. Once with `--stored` messages, once with
 twice as many and the same number unsettled: recovery must cost O(unsettled), so the second time may be at
-most 1.25 times the first plus 0.5 s.
+most 1.25 times the first plus 0.5 s. Then the server is killed, and the audit of what it left must find every
+unsettled obligation behind a due row, and none lost: a recovery that forgot some would be fast as well.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from tests.kill.raw import RawClient, Refused
 
 LIMIT_S = 5.0
 RATIO, SLACK_S = 1.25, 0.5
-CONVS = 5_000
 PER_CONV = 20
 """Messages per conversation and append; 50 frames a batch."""
 FRAMES = 50
@@ -38,6 +38,7 @@ FRAMES = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stored", type=int, default=1_000_000)
     parser.add_argument("--unsettled", type=int, default=100_000)
+    parser.add_argument("--convs", type=int, default=5_000, help="conversations they lie in")
     parser.add_argument("--settle-s", type=float, default=5.0, help="how long to watch memory afterwards")
     parser.add_argument("--json", type=Path)
 
@@ -51,14 +52,14 @@ def people(number: int) -> tuple[str, str, str]:
 class Filler:
     """Appends rounds of PER_CONV messages to every conversation, and settles them or not."""
 
-    def __init__(self, store: MessageStore) -> None:
+    def __init__(self, store: MessageStore, convs: int) -> None:
         self._store = store
-        self._rounds = 0
+        self._convs = convs
         self._body = b"y" * 128
 
     async def register(self) -> None:
         now = time.time_ns() // 1_000_000
-        for number in range(CONVS):
+        for number in range(self._convs):
             for user in people(number)[:2]:
                 await self._store.register_device(user, "d0", "app", now)
 
@@ -70,7 +71,7 @@ class Filler:
             now = time.time_ns() // 1_000_000
             frames, marks = [], []
             for _ in range(FRAMES):
-                first, _, conv = people(number % CONVS)
+                first, _, conv = people(number % self._convs)
                 items = tuple(AppendItem(_uuid7(now), int(Kind.TEXT), self._body) for _ in range(PER_CONV))
                 frames.append(AppendFrame(conv, first, items))
                 number += 1
@@ -94,13 +95,12 @@ def _uuid7(now_ms: int) -> bytes:
     return now_ms.to_bytes(6, "big") + bytes([0x70 | random[6] & 0x0F]) + random[7:]
 
 
-async def fill(data: Path, steps: list[tuple[int, bool]], *, fresh: bool) -> int:
+async def fill(data: Path, steps: list[tuple[int, bool]], convs: int) -> int:
     """steps: (messages, settled). Returns how many were stored."""
     store = await open_store(data)
-    filler = Filler(store)
+    filler = Filler(store, convs)
     try:
-        if fresh:
-            await filler.register()
+        await filler.register()
         return sum([await filler.add(count, settled=settled) for count, settled in steps])
     finally:
         await store.close()
@@ -165,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
         **facts.gather(),
         "n": args.stored,
         "unsettled": args.unsettled,
+        "convs": args.convs,
     }
     directory = Path(tempfile.mkdtemp(prefix="fastim-recovery-"))
     rows: list[dict[str, Any]] = []
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
             servers.append(server)
             began = time.monotonic()
             steps = [(args.stored * times - args.unsettled, True), (args.unsettled, False)]
-            stored = asyncio.run(fill(server.data, steps, fresh=True))
+            stored = asyncio.run(fill(server.data, steps, args.convs))
             row: dict[str, Any] = {
                 "stored": stored,
                 "store_mb": size_mb(server.data),
@@ -183,6 +184,8 @@ def run(args: argparse.Namespace) -> int:
             }
             row |= asyncio.run(measure(server, args.settle_s))
             server.kill()
+            row["audit_exit"], audit = server.audit()
+            row["audit"] = audit["states"]
             rows.append(row)
             print(json.dumps(row), flush=True)
             shutil.rmtree(server.data)
@@ -194,6 +197,10 @@ def run(args: argparse.Namespace) -> int:
     bound = small * RATIO + SLACK_S
     failures = [f"{row['stored']} stored: {row['first_sent_s']} s; limit {LIMIT_S} s"
                 for row in rows if row["first_sent_s"] > LIMIT_S]  # fmt: skip
+    for row in rows:
+        states = row["audit"]
+        if row["audit_exit"] or states["lost"] or states["due"] < args.unsettled:
+            failures.append(f"{row['stored']} stored: audit exit {row['audit_exit']}, {states}")
     if large > bound:
         failures.append(f"twice the messages took {large} s; limit {bound:.2f} s (1.25 x {small} + 0.5)")
     result |= {"rows": rows, "failures": failures, "good": not failures}

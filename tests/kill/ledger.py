@@ -16,13 +16,12 @@ from typing import Any
 
 import apsw
 
-from bench.server import Server, laid_over
+from bench.server import Server, ServerError, laid_over
 from fastim.store.base import Trace
 from fastim.store.sqlite import SqliteStore
+from fastim.store.sqlite.files import DATABASE
 from tests.kill.check import AuditLine
 from tests.kill.log import wall_ms
-
-DATABASE = "fastim.db"
 
 
 def server_settings(
@@ -64,8 +63,11 @@ async def metric(server: Server, name: str) -> float:
 
 
 def _metric(server: Server, name: str) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError as error:
+        raise ServerError(f"/metrics: {error}\n{server.log_tail()}") from None
     found = [
         float(line.rpartition(" ")[2])
         for line in text.splitlines()

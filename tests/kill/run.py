@@ -33,7 +33,7 @@ from typing import Any
 import uvloop
 
 from bench import facts
-from bench.server import Server
+from bench.server import Server, ServerError
 from tests.kill import check, people
 from tests.kill.caller import Caller
 from tests.kill.devices import Device, make
@@ -398,6 +398,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             code = runner.run(live(args, directory))
+    except ServerError as error:
+        print(f"PROBLEM: {error}")
     finally:
         if args.keep or code:
             print(f"kept {directory}", file=sys.stderr)

@@ -20,10 +20,12 @@ import argparse
 import asyncio
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 
 import uvloop
 
+from bench.server import ServerError
 from fastim.store.base import ObligationState
 from tests.faults.proxy import Proxy
 from tests.kill.ledger import metric, traced
@@ -32,7 +34,7 @@ from tests.kill.raw import RawClient
 from tests.kill.until import until
 from tests.shows.disk import disk
 from tests.shows.fsync import fsync
-from tests.shows.stage import Show, Skipped, Stage, finish, stage
+from tests.shows.stage import Broken, Show, Skipped, Stage, finish, stage
 
 UNDELIVERED_LIMIT_MS, VENDOR_LIMIT_MS = 9_000, 10_000
 FIRINGS = 7
@@ -252,6 +254,10 @@ async def run_part(name: str, quick: bool) -> list[str]:
     except Skipped as skipped:
         show.say(f"skipped: {skipped}")
         return []
+    except Exception as error:
+        if not isinstance(error, Broken | ServerError):
+            traceback.print_exc()
+        show.check(False, f"went on to its end: {type(error).__name__}: {error}")
     show.say(f"{'failed' if show.failures else 'passed'} in {time.monotonic() - start:.0f} s")
     return show.failures
 

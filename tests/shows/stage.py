@@ -26,12 +26,16 @@ class Skipped(Exception):
     """This machine cannot show it; the text says what is absent."""
 
 
+class Broken(Exception):
+    """The show could not go on; the text holds the end of the server's log."""
+
+
 def require(name: str, present: bool) -> None:
-    """Raises Skipped when something is absent, SystemExit when FASTIM_REQUIRE names it."""
+    """Raises Skipped when something is absent, Broken when FASTIM_REQUIRE names it."""
     if present:
         return
     if name in os.environ.get("FASTIM_REQUIRE", "").split(","):
-        raise SystemExit(f"{name} is required (FASTIM_REQUIRE) and was not found")
+        raise Broken(f"{name} is required (FASTIM_REQUIRE) and was not found")
     raise Skipped(f"{name} was not found")
 
 
@@ -70,7 +74,7 @@ class Stage:
         self.phones.append(phone)
         await phone.start()
         if not await until(lambda: phone.connected, 10):
-            raise SystemExit(f"{user} could not connect\n{self.server.log_tail()}")
+            raise Broken(f"{user} could not connect\n{self.server.log_tail()}")
         return phone
 
     def shown(self, user: str, conv: str) -> list[str]:
@@ -81,7 +85,7 @@ class Stage:
         """(msg_id, moment of SENT) of a message that `user` handed over."""
         sub = self.logs[user].record.submitted[client_id]
         if not await until(lambda: bool(sub.msg_id or sub.refused), within_s) or sub.refused:
-            raise SystemExit(f"{user}'s message was not accepted: {sub}\n{self.server.log_tail()}")
+            raise Broken(f"{user}'s message was not accepted: {sub}\n{self.server.log_tail()}")
         return sub.msg_id, sub.sent_ms
 
 
