@@ -85,7 +85,7 @@ CONNECTIONS_CLOSED = _counter(
 )
 UPGRADES_REFUSED = _counter(
     "upgrades_refused",
-    "Upgrades refused: path method header origin query version overload rate timeout internal",
+    "Upgrades refused: path method header origin query version source overload rate timeout tls internal",
     ["reason"],
 )
 AUTH_REFUSED = _counter("auth_refused", "Tokens refused, by reason; peers never learn it", ["reason"])

@@ -35,8 +35,8 @@ cdef enum:
     FIRST_RING = 8              # entries; 256 bytes, kept by an idle session once it was sent something
     KEPT_RING = 32              # a larger ring is freed when the session has acked everything
     KEPT_RESOLVED = 4096        # likewise the drain ring
-    MAX_RING = 1 << 20          # entries; the window of a session is 128, this bounds a caller's mistake
-    MAX_SLOTS = 1 << 24
+    MAX_RING = 1_048_576        # entries; the window of a session is 128, this bounds a caller's mistake
+    MAX_SLOTS = 16_777_216
     MAX_STAMP = 0xFFFFFFF0
 
 
@@ -433,7 +433,8 @@ cdef class AckTable:
         """Move the item to the drain ring, which has room (_reserve)."""
         self._resolved[self._resolved_count].slot = slot
         self._resolved[self._resolved_count].item = entry.item
-        self._resolved_count += 1
+        # Not += : without the GIL, Cython's None check of the debug build refuses it.
+        self._resolved_count = self._resolved_count + 1
         self._forget(&self._slots[slot], entry)
 
     cdef void _settle(self, uint32_t slot) noexcept nogil:
@@ -554,7 +555,7 @@ cdef class AckTable:
                 entry.deadline = _moved(entry.deadline, by)
             s.newest_deadline = _moved(s.newest_deadline, by)
             self._oldest[slot] = _moved(self._oldest[slot], by)
-        self._base_ms += by
+        self._base_ms = self._base_ms + by
 
     cdef void _release(self) noexcept:
         """Drop everything; the table is then as new, but for its memory."""

@@ -1,7 +1,8 @@
 # One WebSocket connection as the node sees it, and what all connections of a node share. See conn.pyx.
 
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from cpython.ref cimport PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from picows.picows cimport WSFrame, WSListener, WSTransport
 
 from fastim._core.acks cimport AckTable
@@ -23,6 +24,17 @@ cdef enum:
     MAX_CONTROL_BYTES = 125
     MAX_REASON_BYTES = 123
     GAP_BYTES = 4       # in front of a packet: the header of 126 to 65,535 bytes
+
+
+cdef struct Write:
+    # One link's output on its way to the kernel; owns `out`.
+    PyObject* link      # borrowed
+    int fd              # -1: the transport has to take it
+    char* out
+    Py_ssize_t capacity
+    const char* p       # into out
+    Py_ssize_t size
+    Py_ssize_t sent
 
 
 cdef class CoreConnection
@@ -69,6 +81,8 @@ cdef class CoreHub:
     cdef int _enter(self, CoreConnection link, uint64_t mono_ms) except -1
     cdef int _leave(self, CoreConnection link) except -1
     cdef int _wake(self) except -1
+    cdef int _write_all(self, list links) except -1
+    cdef int _write_group(self, Write* writes, int count) except -1
     cdef char* _take_buffer(self) noexcept nogil
     cdef void _give_buffer(self, char* buffer, Py_ssize_t capacity) noexcept nogil
     cdef int _sweep(self, uint64_t mono_ms, uint32_t* out, int cap) noexcept nogil
@@ -143,7 +157,9 @@ cdef class CoreConnection(WSListener):
     cdef int _control(self, int opcode, const char* p, Py_ssize_t n) except -1
     cdef int _mark(self) except -1
     cdef int _flush(self, bint force) except -1
-    cdef int _write(self, const char* p, Py_ssize_t n) except -1
+    cdef bint _take_output(self, Write* write, bint force) except -1
+    cdef int _hand_over(self, Write* write) except -1
+    cdef int _give_transport(self, const char* p, Py_ssize_t n) except -1
     cdef void _drop_out(self) noexcept nogil
     cdef Py_ssize_t _waiting(self) except -1
     cdef int _late(self, uint64_t mono_ms) except -1

@@ -78,6 +78,8 @@ cdef enum:
     POOLED = 512                # buffers kept: 1 MiB
     EARLY_BYTES = 65_536        # queued so many, a link is written before the tick
     FIRST_PART = 2_048
+    WRITES_AT_ONCE = 64
+    ALONE = 4                   # fewer writes are not worth giving up the GIL
     PONGS_AT_ONCE = 32          # of a tick; RFC 6455 5.5.3 lets us answer the newest only
     SWEPT_AT_ONCE = 256
     SPARE_BYTES = 6             # a packet of 65,536 bytes has a longer header than its gap
@@ -112,6 +114,12 @@ cdef inline uint64_t _clock_ms(int clock) noexcept nogil:
     cdef timespec now
     clock_gettime(clock, &now)
     return <uint64_t>now.tv_sec * 1000 + <uint64_t>now.tv_nsec // 1_000_000
+
+
+cdef inline void _send(Write* write) noexcept nogil:
+    """What the kernel takes now. After an error nothing: the transport meets the same one and ends the link."""
+    cdef Py_ssize_t sent = c_send(write.fd, write.p, <size_t>write.size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    write.sent = sent if sent > 0 else 0
 
 
 cdef inline bint _is_close_code(int code) noexcept nogil:
@@ -292,18 +300,57 @@ cdef class CoreHub:
                 self._fatal(error)
         links = self._dirty
         self._dirty = []
+        self._write_all(links)
+
+    cdef int _write_all(self, list links) except -1:
+        """Write each link once, plain sockets in groups without the GIL. The list keeps the links alive."""
+        cdef Write[WRITES_AT_ONCE] writes
+        cdef CoreConnection link
+        cdef int count = 0
         for link in links:
             link._dirty = False
             try:
-                link._flush(False)
+                if link._fd < 0:
+                    link._flush(False)
+                elif link._take_output(&writes[count], False):
+                    count += 1
             except BaseException as error:
                 link._broken(error)
+            if count == WRITES_AT_ONCE:
+                self._write_group(writes, count)
+                count = 0
+        return self._write_group(writes, count)
+
+    cdef int _write_group(self, Write* writes, int count) except -1:
+        """Nothing but system calls until all are done, so that no link changes while others are written."""
+        cdef CoreConnection link
+        cdef list failed = None
+        cdef int i
+        if count >= ALONE:
+            with nogil:
+                for i in range(count):
+                    _send(&writes[i])
+        else:
+            for i in range(count):
+                _send(&writes[i])
+        for i in range(count):
+            link = <CoreConnection>writes[i].link
+            try:
+                link._hand_over(&writes[i])
+            except BaseException as error:
+                failed = failed or []
+                failed.append((link, error))
+        if failed is not None:
+            for link, error in failed:
+                link._broken(error)
+        return 0
 
     cdef char* _take_buffer(self) noexcept nogil:
         """FIRST_OUT bytes, or NULL."""
         cdef char* buffer
         if self._pooled > 0:
-            self._pooled -= 1
+            # Not += : without the GIL, Cython's None check of the debug build refuses it.
+            self._pooled = self._pooled - 1
             return self._pool[self._pooled]
         buffer = <char*>malloc(FIRST_OUT)
         if buffer != NULL:
@@ -313,7 +360,7 @@ cdef class CoreHub:
     cdef void _give_buffer(self, char* buffer, Py_ssize_t capacity) noexcept nogil:
         if capacity == FIRST_OUT and self._pooled < POOLED:
             self._pool[self._pooled] = buffer
-            self._pooled += 1
+            self._pooled = self._pooled + 1
         else:
             free(buffer)
             _count_buffer(-1)
@@ -763,10 +810,12 @@ cdef class CoreConnection(WSListener):
 
     cdef int _seal(self) except -1:
         """Write the header of the growing packet into its gap, and close the gap where it is too wide."""
-        cdef Py_ssize_t n = self._out_size - self._packet
-        cdef uint8_t* gap = <uint8_t*>self._out + self._packet - GAP_BYTES
+        cdef Py_ssize_t n
+        cdef uint8_t* gap
         if self._packet == 0:
             return 0
+        n = self._out_size - self._packet
+        gap = <uint8_t*>self._out + self._packet - GAP_BYTES
         if n < 126:
             if self._packet - GAP_BYTES == self._out_start:
                 self._out_start += 2
@@ -813,46 +862,56 @@ cdef class CoreConnection(WSListener):
 
     cdef int _flush(self, bint force) except -1:
         """Write everything queued with one call, unless the transport is behind; `force`: even then."""
-        cdef char* out
-        cdef Py_ssize_t start, size, capacity
+        cdef Write write
+        if not self._take_output(&write, force):
+            return 0
+        if write.fd >= 0:
+            _send(&write)
+        return self._hand_over(&write)
+
+    cdef bint _take_output(self, Write* write, bint force) except -1:
+        """Move what is queued into `write`; False when there is nothing or the transport is behind."""
         cdef bytes ping = self._late_ping
         if self._transport is None or (self._blocked and not force):
-            return 0
+            return False
         if ping is not None:
             self._late_ping = None
             self._control(WSMsgType.PONG, PyBytes_AS_STRING(ping), PyBytes_GET_SIZE(ping))
         self._pongs = 0
         if self._out == NULL:
-            return 0
+            return False
         self._seal()
-        out = self._out
-        start = self._out_start
-        size = self._out_size
-        capacity = self._out_capacity
+        write.link = <PyObject*>self
+        write.fd = -1 if self._blocked else self._fd
+        write.out = self._out
+        write.capacity = self._out_capacity
+        write.p = self._out + self._out_start
+        write.size = self._out_size - self._out_start
+        write.sent = 0
         self._out = NULL
         self._out_capacity = 0
         self._out_start = 0
         self._out_size = 0
-        try:
-            self._write(out + start, size - start)
-        finally:
-            self.hub._give_buffer(out, capacity)
+        return True
+
+    cdef int _hand_over(self, Write* write) except -1:
+        """Give the transport what the kernel did not take, which it copies; free the buffer."""
+        cdef Py_ssize_t rest = write.size - write.sent
+        if rest > 0 and self._transport is not None:
+            try:
+                self._give_transport(write.p + write.sent, rest)
+            finally:
+                self.hub._give_buffer(write.out, write.capacity)
+        else:
+            self.hub._give_buffer(write.out, write.capacity)
         return 0
 
-    cdef int _write(self, const char* p, Py_ssize_t n) except -1:
-        """Hand bytes to the kernel, and what it does not take to the transport, which copies them."""
-        cdef Py_ssize_t sent = 0
-        if self._fd >= 0 and not self._blocked:
-            sent = c_send(self._fd, p, <size_t>n, MSG_DONTWAIT | MSG_NOSIGNAL)
-            if sent == n:
-                return 0
-            # The transport meets the same error, and ends the connection as it should.
-            sent = sent if sent > 0 else 0
-        self._handed += n - sent
+    cdef int _give_transport(self, const char* p, Py_ssize_t n) except -1:
+        self._handed += n
         if self._transport._is_aiofn_transport and not self._blocked:
-            self._transport._tr_write(PyMemoryView_FromMemory(<char*>p + sent, n - sent, PyBUF_READ))
+            self._transport._tr_write(PyMemoryView_FromMemory(<char*>p, n, PyBUF_READ))
         else:
-            self._transport._tr_write(PyBytes_FromStringAndSize(p + sent, n - sent))
+            self._transport._tr_write(PyBytes_FromStringAndSize(p, n))
         if not self._blocked:
             self._handed = 0
         return 0

@@ -190,7 +190,7 @@ cdef class Wheel:
             stamp = self._stamps[slot]
             if stamp != FREE and stamp != REPORTED:
                 self._stamps[slot] = stamp - <uint32_t>by if stamp > by else 1
-        self._base_ms += by
+        self._base_ms = self._base_ms + by
 
     cdef void _shift(self, uint64_t by_ms, uint64_t mono_ms) noexcept nogil:
         """Move the last touch of every held, unreported slot forward, but not beyond now."""

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
-import aiofastnet
 import msgspec
 from picows import WSAutoPingStrategy, WSUpgradeRequest, WSUpgradeResponse, WSUpgradeResponseWithListener
 from picows.picows import WSProtocol  # type: ignore[attr-defined]
@@ -35,7 +34,7 @@ from fastim import observe
 from fastim._core.conn import READ_BUFFER_BYTES, CoreConnection, CoreHub
 from fastim.clock import Clock
 from fastim.errors import UsageError
-from fastim.node.tls import dev_certificate, make_server_context, reload_certificate
+from fastim.node.tls import Handshakes, dev_certificate, make_server_context, reload_certificate
 from fastim.node.upgrade import (
     HEALTH_PATH,
     RETRY,
@@ -176,6 +175,9 @@ class _Socket(WSProtocol):  # type: ignore[misc]
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
+        if error is None and self.link is not None and not self.link.closed:
+            # Over TLS an end of TCP without close_notify is told in no other way.
+            self.link.peer_ended = True
         super().connection_lost(error)
         self.left = self.left or error is not None
         self._ear.sock = None
@@ -212,7 +214,8 @@ class Listener:
         self._limit = FailureLimit(config.failures_per_minute, clock) if failures is None else failures
         self._balancers = Balancers(config.balancers)
         self._sockets: set[_Socket] = set()
-        self._servers: list[asyncio.AbstractServer] = []
+        self._doors: list[asyncio.AbstractServer | Handshakes] = []
+        self._handshakes: list[Handshakes] = []
         self._links = 0
         self._accepting = False
         self.addresses: list[tuple[str, int]] = []
@@ -240,7 +243,7 @@ class Listener:
                 sock = self._bind(family, (address[0], port, *address[2:]))
                 port = sock.getsockname()[1]
                 self.addresses.append((sock.getsockname()[0], port))
-                self._servers.append(await self._serve(sock))
+                await self._serve(sock)
         except BaseException:
             self.stop_accepting()
             raise
@@ -275,29 +278,33 @@ class Listener:
             raise UsageError(f"cannot listen on {address[0]} port {address[1]}: {why}") from None
         return sock
 
-    async def _serve(self, sock: socket.socket) -> asyncio.AbstractServer:
-        loop = asyncio.get_running_loop()
+    async def _serve(self, sock: socket.socket) -> None:
         if self.config.tls is None:
             # 5 KB a connection less than aiofastnet's transport, and sends go straight to send(2) either way.
-            return await loop.create_server(lambda: _Socket(self), sock=sock, backlog=self.config.backlog)
-        server: asyncio.AbstractServer = await aiofastnet.create_server(
-            loop,
+            server = await asyncio.get_running_loop().create_server(
+                lambda: _Socket(self), sock=sock, backlog=self.config.backlog
+            )
+            self._doors.append(server)
+            return
+        handshakes = Handshakes(
+            sock,
+            self.config.tls,
             lambda: _Socket(self),
-            sock=sock,
-            backlog=self.config.backlog,
-            ssl=self.config.tls,
-            ssl_handshake_timeout=self.config.tls_timeout_s,
-            ssl_shutdown_timeout=1.0,
+            timeout_s=self.config.tls_timeout_s,
+            admit=self._may_shake_hands,
+            failed=self._handshake_failed,
         )
-        return server
+        self._doors.append(handshakes)
+        self._handshakes.append(handshakes)
+        handshakes.start(self.config.backlog)
 
     def stop_accepting(self) -> None:
         """Close the listening sockets; open connections stay. Idempotent."""
         self._accepting = False
         self.draining = True
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        for door in self._doors:
+            door.close()
+        self._doors.clear()
 
     async def close_all(self, code: int, reason: str = "", window_ms: int = 0) -> None:
         """Close every connection, spread evenly over `window_ms`, and return when all sockets are gone.
@@ -305,6 +312,8 @@ class Listener:
         So the clients of a draining node do not come back in one storm. Whoever does not finish the closing
         handshake is aborted a second later. When it returns, every owner has been told.
         """
+        for handshakes in self._handshakes:
+            handshakes.hang_up()
         waiting = list(self._sockets)
         steps = max(1, min(window_ms // 50, len(waiting)))
         for step in range(steps):
@@ -316,7 +325,7 @@ class Listener:
             if step + 1 < steps:
                 await asyncio.sleep(window_ms / 1000 / steps)
         for _ in range(_CLOSE_POLLS):
-            if not self._sockets:
+            if not self._sockets and not self._pending:
                 break
             await asyncio.sleep(_CLOSE_POLL_S)
         for sock in list(self._sockets):
@@ -329,6 +338,29 @@ class Listener:
     def connections(self) -> int:
         """Links that are open or closing."""
         return self._links
+
+    @property
+    def _pending(self) -> int:
+        return sum(map(len, self._handshakes))
+
+    # -- called by Handshakes
+
+    def _may_shake_hands(self, text: str) -> bool:
+        """A TLS handshake costs as much as a hundred messages: none for an address that failed too often."""
+        if self._pending + len(self._sockets) >= self.config.max_connections + _OVERSHOOT:
+            observe.UPGRADES_REFUSED.labels("overload").inc()
+            return False
+        address = address_of(text)
+        if address is not None and address not in self._balancers and self._limit.blocked(address):
+            observe.UPGRADES_REFUSED.labels("rate").inc()
+            return False
+        return True
+
+    def _handshake_failed(self, text: str, left: bool) -> None:
+        observe.UPGRADES_REFUSED.labels("tls").inc()
+        address = address_of(text)
+        if not left and address is not None and address not in self._balancers:
+            self._limit.failed(address)
 
     # -- called by _Socket
 

@@ -1,24 +1,41 @@
-"""Certificates: a server context that holds a good pair, and how a newer pair replaces it.
+"""TLS: certificates and how newer ones replace them; accepted sockets on their way through a handshake.
+
+Hides aiofastnet, whose own server spins when descriptors run out, and which reports every peer that leaves
+during its handshake as an error of this program.
 
 V4  a bad certificate pair never replaces a good one              tests/system/test_tls.py
-Source: promises, "Security rules"; docs/adr/0040.
+V5  a handshake ends within its time-out, whatever the peer does, and is heard of only by `failed`       same
+Source: promises, "Limits to ship", "Security rules"; docs/adr/0040.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import datetime
 import ipaddress
+import logging
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final, cast
 
+import aiofastnet
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fastim.errors import UsageError
+
+_log = logging.getLogger("fastim.node.tls")
+
+_ACCEPTS_AT_ONCE: Final = 64
+_REST_S: Final = 0.5
+"""How long nothing is accepted after descriptors ran out."""
+_SHUTDOWN_S: Final = 1.0
 
 
 class _ServerContext(ssl.SSLContext):
@@ -107,3 +124,114 @@ def _still_good(cert: Path, key: Path, names: list[x509.GeneralName], now: datet
     except (OSError, ValueError, x509.ExtensionNotFound, ssl.SSLError):
         return False
     return set(names) <= set(covered) and now + datetime.timedelta(days=7) < found.not_valid_after_utc
+
+
+class _Loop:
+    """The event loop as aiofastnet sees it: peers do not reach its exception handler.
+
+    aiofastnet 1.2 keeps its own rule for a class in place of an exception (a peer that leaves during its
+    handshake), and so would report each.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._loop, name)
+        setattr(self, name, found)
+        return found
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) or (isinstance(error, type) and issubclass(error, OSError)):
+            _log.debug("%s: %r", context.get("message"), error)
+        else:
+            self._loop.call_exception_handler(context)
+
+
+class Handshakes:
+    """One listening socket, and its accepted ones until their handshake is done.
+
+    admit   asked for every accepted socket, by its address
+    failed  told of every handshake that did not end well: a peer that left (True) or one that is late or
+            speaks something else (False)
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        protocol: Callable[[], asyncio.BaseProtocol],
+        *,
+        timeout_s: float,
+        admit: Callable[[str], bool],
+        failed: Callable[[str, bool], None],
+    ) -> None:
+        self._sock = sock
+        self._context = context
+        self._protocol = protocol
+        self._timeout_s = timeout_s
+        self._admit = admit
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._seen = cast(asyncio.AbstractEventLoop, _Loop(self._loop))
+        self._pending: dict[asyncio.Task[None], socket.socket] = {}
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def start(self, backlog: int) -> None:
+        self._sock.listen(backlog)
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Stop listening; handshakes go on. Idempotent."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+
+    def hang_up(self) -> None:
+        """End the handshakes that are under way; each is over within a turn of the loop or two."""
+        for sock in self._pending.values():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                sock, address = self._sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                # Out of descriptors or memory. The socket stays readable: without a rest this would spin.
+                _log.error("accept failed", extra={"why": error.strerror})
+                self._loop.remove_reader(self._sock.fileno())
+                self._loop.call_later(_REST_S, self._again)
+                return
+            if not self._admit(address[0]):
+                sock.close()
+                continue
+            sock.setblocking(False)
+            task = self._loop.create_task(self._handshake(sock, address[0]), name="tls handshake")
+            self._pending[task] = sock
+            task.add_done_callback(self._pending.pop)
+
+    def _again(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    async def _handshake(self, sock: socket.socket, address: str) -> None:
+        try:
+            await aiofastnet.connect_accepted_socket(
+                self._seen,
+                self._protocol,
+                sock,
+                ssl=self._context,
+                ssl_handshake_timeout=self._timeout_s,
+                ssl_shutdown_timeout=_SHUTDOWN_S,
+            )
+        except OSError as error:
+            # ssl.SSLError is one. The late are ConnectionAbortedError; the transport closes the socket.
+            self._failed(address, isinstance(error, ConnectionResetError | BrokenPipeError))

@@ -1,4 +1,4 @@
-"""The connection core over real sockets: the promises of fastim.node.link, RFC 6455, bounds, and hostile peers."""
+"""The connection core over real sockets: what fastim.node.link promises, RFC 6455, bounds, hostile peers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ from tests.unit.conn_world import (
     PONG,
     TEXT,
     Client,
-    Owner,
     World,
     encode_error,
     until,
@@ -243,7 +242,7 @@ async def test_packets_keep_their_bounds_whatever_the_sizes_of_the_frames(seed: 
         2: [125], 3: [126], 4: [65_535], 5: [MAX_PACKET_BYTES],
         6: [2] * 64 + [123],
         7: [65_535, 1_000, 64_537],
-    }.get(seed) or [rng.choice([2, 3, 60, 125, 126, 127, 500, 5_000, 20_000]) for _ in range(300)]  # fmt: skip
+    }.get(seed) or rng.choices([2, 3, 60, 125, 126, 127, 500, 5_000, 20_000], k=300)  # fmt: skip
     async with World(hard_bytes=1 << 24) as world:
         client = await world.connect()
         frames = [rng.randbytes(size) for size in sizes]
@@ -289,8 +288,11 @@ async def test_every_other_frame_is_one_command_in_order() -> None:
         client.send(command("3"))
         await until(lambda: len(client.owner.commands) == 5)
         assert client.owner.commands[1:] == [
-            (Op.REFRESH, command("1")), (127, b"\x91\x7f"), (Op.REFRESH, command("2")), (Op.REFRESH, command("3")),
-        ]  # fmt: skip
+            (Op.REFRESH, command("1")),
+            (127, b"\x91\x7f"),
+            (Op.REFRESH, command("2")),
+            (Op.REFRESH, command("3")),
+        ]
         assert world.hub.counters()["frames_in"] == 5
 
 
@@ -333,8 +335,14 @@ async def test_an_empty_packet_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("code", "closes"),
-    [("unsupported", None), ("rate_limited", None), ("unauthenticated", None), ("bad_frame", 4509), ("bad_ack", 4509)],
-)  # fmt: skip
+    [
+        ("unsupported", None),
+        ("rate_limited", None),
+        ("unauthenticated", None),
+        ("bad_frame", 4509),
+        ("bad_ack", 4509),
+    ],
+)
 async def test_a_refused_command_is_answered_and_closes_only_for_broken_frames(
     code: str, closes: int | None
 ) -> None:
@@ -639,10 +647,11 @@ async def test_a_failing_on_fatal_is_not_silent(monkeypatch: pytest.MonkeyPatch)
     assert [type(each.exc_value) for each in seen] == [LookupError]
 
 
-def test_a_hub_refuses_bounds_that_make_no_sense(event_loop_stub: Any = object()) -> None:
+async def test_a_hub_refuses_bounds_that_make_no_sense() -> None:
+    loop = asyncio.get_running_loop()
     for bounds in ({"soft_bytes": 1}, {"soft_bytes": 1 << 20}, {"hard_bytes": 1 << 40}):
         with pytest.raises(UsageError, match="soft_bytes"):
-            CoreHub(event_loop_stub, AckTable(), Wheel(), encode_error=encode_error, **bounds)
+            CoreHub(loop, AckTable(), Wheel(), encode_error=encode_error, **bounds)
 
 
 # ---------------------------------------------------------------------------------------------- RFC 6455
