@@ -9,9 +9,9 @@ cdef enum:
     TAG_BYTES = 16
     BLOCK_BYTES = 16
     PREFIX_BYTES = 4            # of a nonce; the 8 bytes of the counter follow, big-endian
-    MAX_SEALED_BYTES = 1 << 20  # of one box; a frame is 64 KiB
-    REKEY_FRAMES = 1 << 24      # new keys are due ...
-    MAX_FRAMES_PER_KEY = 1 << 25    # ... and without them sealing ends here
+    MAX_SEALED_BYTES = 1_048_576    # of one box; a frame is 64 KiB
+    REKEY_FRAMES = 16_777_216       # new keys are due ...
+    MAX_FRAMES_PER_KEY = 33_554_432 # ... and without them sealing ends here
 
 
 cdef class Aead:
