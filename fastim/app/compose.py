@@ -1,8 +1,8 @@
 """One process with everything in it, on the embedded ports: what is made, in which order it starts and ends.
 
- start   store ─▶ boot ─▶ bus ─▶ dispatch (recovers, then takes sends) ─▶ node ─▶ api inbox ─▶ sockets
- stop    GOAWAY, no new sockets ─▶ sockets closed over the drain window ─▶ api inbox ─▶ REST ─▶ node flushes
-         ─▶ dispatch finishes its batch ─▶ the settled mark moves once more ─▶ store
+ start   store ─▶ boot ─▶ bus ─▶ dispatch (recovers, then takes sends) ─▶ node ─▶ api inbox ─▶ ws, REST listen
+ stop    GOAWAY, no new sockets ─▶ sockets closed over the drain window ─▶ REST finishes what it has in hand
+         ─▶ node flushes ─▶ dispatch finishes its batch ─▶ the settled mark moves once more ─▶ store
 
 Nothing listens before what it needs is ready, and nothing is closed before what uses it has ended.
 
@@ -34,7 +34,7 @@ from fastim.clock import Clock, SystemClock
 from fastim.config import Config, split_address
 from fastim.dispatch.limits import DispatchLimits
 from fastim.dispatch.service import Dispatch
-from fastim.errors import InternalError, Unavailable, UsageError
+from fastim.errors import UsageError
 from fastim.node.commands import SendRate
 from fastim.node.limits import NodeLimits
 from fastim.node.server import Listener, ListenerConfig, attach_core_metrics
@@ -110,9 +110,11 @@ class App:
         self._make_node(authenticator, rng)
         self._ends.append(("node", self.node.stop))
         await self.node.start()
-        await self._start_api(authenticator)
-        await self._start_listener()
         self.figures = Figures(self.bus, self.dispatch.flows, self.node, self._acks)
+        self.failures = FailureLimit(config.node.failures_per_minute, clock)
+        await self._start_ingress()
+        await self._start_listener()
+        await self._start_rest(authenticator)
 
     def _make_directory(self) -> None:
         path = self.config.data_path
@@ -157,15 +159,17 @@ class App:
         )  # fmt: skip
         authenticator.on_revoked(self.node.revoke)
 
-    async def _start_api(self, authenticator: Authenticator) -> None:
-        config = self.config
-        self.failures = FailureLimit(config.node.failures_per_minute, self.clock)
+    async def _start_ingress(self) -> None:
+        api = self.config.api
         self.ingress = Ingress(
-            self.bus, self.boot, reply_timeout_ms=config.api.reply_timeout_ms,
-            max_waiting=config.api.max_waiting, on_fatal=self._on_fatal,
+            self.bus, self.boot, reply_timeout_ms=api.reply_timeout_ms, max_waiting=api.max_waiting,
+            on_fatal=self._on_fatal,
         )  # fmt: skip
         self._ends.append(("ingress", self.ingress.stop))
         await self.ingress.start()
+
+    async def _start_rest(self, authenticator: Authenticator) -> None:
+        config = self.config
         rest = Rest(
             store=self.store, presence=self.presence, ingress=self.ingress, verify=authenticator.verify,
             rate=SendRate(self.clock, config.node.rate_per_s, config.node.rate_burst),
@@ -242,10 +246,10 @@ class App:
             name, end = self._ends.pop()
             try:
                 await end()
-            except (Unavailable, InternalError, OSError) as error:
+            except Exception:
                 # What it could not finish, the next start takes up: it is in the store, or was not accepted.
                 good = False
-                _log.error("%s did not end well", name, extra={"reason": str(error)})
+                _log.exception("%s did not end well", name)
         return good
 
     async def _close_sockets(self) -> None:

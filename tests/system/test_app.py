@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import sqlite3
@@ -19,14 +20,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fastim.app import App
 from fastim.app.process import Process
-from fastim.auth import mint
+from fastim.auth import Algorithm, SigningKey, mint
+from fastim.client import Client
 from fastim.config import load
+from fastim.dispatch.ledger import audit
 from fastim.errors import InternalError, UsageError
-from tests.kill.raw import RawClient
+from fastim.model import Kind
+from fastim.node.tls import dev_certificate
+from fastim.protocol import Ping, Pong, Send, SendItem
+from fastim.store.sqlite import SqliteStore
+from tests.kill.raw import RawClient, Refused
 from tests.system.served import Served, environment, run_command
 
 
@@ -123,6 +131,30 @@ async def test_clients_are_told_and_closed_when_the_app_stops(tmp_path: Path) ->
         assert "Goaway" in {type(frame).__name__ for frame in client.frames}
 
 
+async def test_what_was_acknowledged_before_a_stop_is_settled_after_it(tmp_path: Path) -> None:
+    app = App(load(flags(tmp_path)), on_fatal=lambda error: None)
+    await app.start()
+    assert app.dev_key is not None
+    port, now_s = app.listener.addresses[0][1], int(time.time())
+    tokens = [mint(app.dev_key, user, audience="fastim", ttl_s=60, now_s=now_s) for user in ("alice", "bob")]
+    async with (
+        RawClient("127.0.0.1", port, tokens[0], "d0") as alice,
+        RawClient("127.0.0.1", port, tokens[1], "d0") as bob,
+    ):
+        items = [SendItem(bytes([n]) * 16, int(Kind.TEXT), b"hello") for n in range(10)]
+        alice.send(Send("p:alice:bob", items))
+        assert await bob.wait_for(lambda: len(bob.messages()) == 10)
+        bob.ack()
+        bob.send(Ping())
+        assert await bob.wait_for(lambda: any(isinstance(frame, Pong) for frame in bob.frames))
+        assert await app.stop(window_ms=0)
+    store = await SqliteStore.open(tmp_path / "data", read_only=True)
+    report = await audit(store, now_s * 1000)
+    assert (report.states["acked"], report.in_flight, report.obligations) == (10, 0, 10)
+    assert await store.settled_mark() == await store.head_msg_id()
+    await store.close()
+
+
 async def test_development_certificate_is_made_and_used(tmp_path: Path) -> None:
     app = App(load(flags(tmp_path, node={"plain": False})), on_fatal=lambda error: None)
     await app.start()
@@ -140,6 +172,47 @@ async def test_development_certificate_is_made_and_used(tmp_path: Path) -> None:
     writer.close()
     await app.stop(window_ms=0)
     assert os.stat(tmp_path / "data").st_mode & 0o077 == 0
+
+
+async def test_production_configuration_serves_tls_on_both_ports(tmp_path: Path) -> None:
+    cert, key = dev_certificate(tmp_path)
+    secret = secrets.token_hex(32)
+    issuer = {"issuer": "login", "kid": "k1", "algorithm": "HS256", "key": secret}
+    pair = {"tls_cert": str(cert), "tls_key": str(key)}
+    config = load(
+        flags(tmp_path, dev=False, auth={"issuers": [issuer]}, node={"plain": False, **pair}, api=pair)
+    )
+    app = App(config, on_fatal=lambda error: None)
+    await app.start()
+    assert app.dev_key is None
+    assert not (tmp_path / "data" / "dev-key.pem").exists()
+    signing = SigningKey("login", "k1", Algorithm.HS256, secret.encode())
+    token = mint(signing, "alice", audience="fastim", ttl_s=60, now_s=int(time.time()))
+    url = f"wss://localhost:{app.listener.addresses[0][1]}"
+    async with Client(url, token, "d0", ssl=str(cert)) as client, asyncio.timeout(10):
+        await client.wait_connected()
+    trust = ssl.create_default_context(cafile=str(cert))
+    async with httpx.AsyncClient(verify=trust, trust_env=False) as http:
+        base = f"https://localhost:{app.http.addresses[0][1]}"
+        answer = await http.get(f"{base}/v1/users/alice/unread", headers={"authorization": f"Bearer {token}"})
+        assert answer.json()["badge"] == 0
+        with pytest.raises(httpx.HTTPError):
+            await http.get(base.replace("https", "http"))
+    await app.stop(window_ms=0)
+
+
+async def test_one_address_has_one_allowance_of_failures_over_both_ports(tmp_path: Path) -> None:
+    config = load(flags(tmp_path, node={"failures_per_minute": 2}))
+    app = App(config, on_fatal=lambda error: None)
+    await app.start()
+    headers = {"authorization": "Bearer x.y.z"}
+    async with httpx.AsyncClient(trust_env=False, headers=headers) as http:
+        rest = f"http://127.0.0.1:{app.http.addresses[0][1]}/v1/users/a/unread"
+        assert [(await http.get(rest)).status_code for _ in range(3)] == [401, 401, 429]
+    with pytest.raises(Refused, match="429"):
+        async with RawClient("127.0.0.1", app.listener.addresses[0][1], "x.y.z", "d0"):
+            pass
+    await app.stop(window_ms=0)
 
 
 async def test_failing_socket_is_not_fatal_and_a_failing_task_is(tmp_path: Path) -> None:
@@ -187,6 +260,14 @@ def test_development_server_prints_addresses_tokens_and_what_to_type(served: Ser
         assert json.loads(answer.read())["user"] == "alice"
     assert served.signal(signal.SIGTERM) == 0
     assert "eyJ" not in served.logged()
+
+
+def test_hangup_reads_certificates_again_and_ends_nothing(served: Served) -> None:
+    served.announced()
+    served.process.send_signal(signal.SIGHUP)
+    assert served.health() == 200
+    assert served.signal(signal.SIGTERM) == 0
+    assert "the certificate was read again" in served.logged()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -271,6 +352,7 @@ _FATAL = """
 import asyncio, sys
 from fastim.app import run
 from fastim.config import load
+from fastim.dispatch.ledger import audit
 from fastim.errors import InternalError
 
 def announce(app):
