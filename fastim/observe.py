@@ -26,7 +26,6 @@ from prometheus_client.registry import Collector
 REGISTRY: Final = CollectorRegistry(auto_describe=True)
 
 _FINE: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def _counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -107,7 +106,6 @@ SESSIONS = _gauge("sessions", "Sessions, connected or waiting to be resumed")
 SESSIONS_OPENED = _counter("sessions_opened", "Sessions by how they began: new hot cold", ["how"])
 KICKS = _counter("kicks", "Connections closed by policy", ["reason"])
 EVICTIONS = _counter("evictions", "Connections closed by the node: idle half_open slow", ["reason"])
-ACKS = _counter("acks", "Tagged frames acknowledged")
 PROBES = _counter("probes", "Probes sent because an ack was late")
 UNDELIVERED = _counter("undelivered", "Conversations reported undelivered, by reason", ["reason"])
 BEHIND = _counter("behind", "Conversations put into pull mode, by reason", ["reason"])
@@ -122,19 +120,11 @@ PARKS = _counter("parks", "(user, conversation) pairs parked")
 PUSHES = _counter(
     "pushes", "Vendor pushes by outcome: ok gone retry gave_up expired no_vendor silent", ["outcome"]
 )
-DUE_ROWS = _gauge("due_rows", "Due rows seen at the last claim")
 BUS_LAG = _gauge("bus_lag", "Records not yet settled", ["topic"])
 
 FLOWS = _counter("flows", "What node and dispatch counted beside the above", ["part", "name"])
 
-# Store, presence, loop.
-STORE_BATCH = _histogram("store_batch_frames", "Frames in one append commit", _SIZES)
-STORE_SECONDS = _histogram("store_seconds", "Duration of a store call", _FINE, ["op"])
-STORE_ERRORS = _counter("store_errors", "Store calls that raised StoreUnavailable", ["op"])
-PRESENCE_SECONDS = _histogram("presence_seconds", "Duration of a presence call", _FINE, ["op"])
 LOOP_LAG = _histogram("loop_lag_seconds", "How late the event loop ran a 250 ms tick", _FINE)
-SEND_SECONDS = _histogram("send_seconds", "From SEND read to SENT written", _FINE)
-DELIVER_SECONDS = _histogram("deliver_seconds", "From store commit to MSG written", _FINE)
 
 
 def exposition() -> bytes:
