@@ -98,6 +98,7 @@ class DueLoop:
         while not self._patience.stopping:
             self._wake.clear()
             try:
+                await self._router.nudge_owed()
                 wait_ms = await self.fire()
             except StoreUnavailable as error:
                 if not error.temporary:

@@ -8,7 +8,8 @@
  presence is away   due row soon: nobody is taken for offline
  expired meanwhile  due row now: the store clears it into its fate
 
-The sender has no obligation; his other sessions get a Deliver, the sending one is skipped.
+The sender has no obligation; his other sessions get a Deliver, the sending one is skipped. While presence or
+the bus is away no due row stands for them: they are owed a Nudge, which leaves when both are back.
 `Router` is the same with the backends attached. A record for an inbox that does not exist (any more) means
 that its users have moved: due rows.
 """
@@ -48,13 +49,15 @@ class Routable(msgspec.Struct, frozen=True, gc=False):
 class Plan:
     """What a batch turned into."""
 
-    __slots__ = ("delivers", "due", "expired", "obligations", "parks")
+    __slots__ = ("delivers", "due", "expired", "obligations", "owed", "parks")
 
     def __init__(self) -> None:
         self.delivers: list[Outgoing] = []
         self.parks: dict[Pair, tuple[int, int, bool]] = {}
         """(from_seq, to_seq, push)"""
         self.due: dict[Pair, DueRequest] = {}
+        self.owed: dict[Pair, None] = {}
+        """(sender, conv) whose other sessions could not be told."""
         self.obligations = 0
         self.expired = 0
 
@@ -97,6 +100,7 @@ def route(
             for user in item.members:
                 if user != sender:
                     plan.ask_due(user, conv, first, now_ms + limits.first_due_ms)
+            plan.owed[sender, conv] = None
             continue
         nodes: dict[tuple[str, int], list[str]] = {}
         for user in item.members:
@@ -185,6 +189,7 @@ class Router:
         self._limits = limits
         self._patience = patience
         self._flows = flows
+        self._owed: dict[Pair, None] = {}
         self.hold_push_until_ms = 0
         """Wall clock: nobody is parked before, because everybody is reconnecting."""
 
@@ -212,7 +217,34 @@ class Router:
                 if user != record.sender:
                     due_at_ms = now_ms + self._limits.first_due_ms
                     plan.ask_due(user, record.conv, record.seq, due_at_ms, urgent=True)
+                else:
+                    plan.owed[user, record.conv] = None
+        self._owe(plan.owed)
         return topics
+
+    def _owe(self, pairs: Iterable[Pair]) -> None:
+        """Bounded: who is forgotten lags until his next message or sync."""
+        self._owed.update(dict.fromkeys(pairs))
+        while len(self._owed) > self._limits.most_owed:
+            del self._owed[next(iter(self._owed))]
+
+    async def nudge_owed(self) -> None:
+        """Tell the senders' other sessions what they missed. Costs nothing when nothing is owed."""
+        if not self._owed:
+            return
+        owed, self._owed = self._owed, {}
+        located = await self.locate({user for user, _ in owed})
+        if located is None:
+            self._owe(owed)
+            return
+        records: list[Outgoing] = []
+        for user, conv in owed:
+            records += nudges(user, conv, nodes_of(located.get(user, NOWHERE).attachments), 0)
+        self._flows.nudges += len(records)
+        for out in await self.publish(records):
+            missed = decode_inbox(out.value)
+            assert isinstance(missed, Nudge)
+            self._owe([(missed.user, missed.conv)])
 
     async def nudge_arrived(self, parked: Sequence[tuple[str, str, int]]) -> None:
         """Race A: after parking, look again; who has come meanwhile gets a Nudge.
