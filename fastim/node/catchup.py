@@ -76,12 +76,11 @@ class Catchup:
         self._queue.append(session)
         self._work.set()
 
-    def sync(self, session: Session, since: int, *, changes: bool) -> None:
-        """Find what changed after `since` and stream it; then LEVEL. A sync under way starts again."""
+    def sync(self, session: Session, since: int) -> None:
+        """Find what changed after `since`, tell and stream it; then LEVEL. A sync under way starts again."""
         if session.sync is not None:
             since = min(since, session.sync.since)
-            changes = changes or session.sync.changes
-        session.sync = Sync(since, changes=changes)
+        session.sync = Sync(since)
         self.wake(session)
 
     def sweep(self) -> None:
@@ -223,35 +222,28 @@ class Catchup:
     # -- what changed
 
     async def _page(self, session: Session, link: Link, sync: Sync) -> None:
-        """One page of the change index: list entries if wanted, and which conversations are BEHIND."""
-        after = max(sync.since, sync.reached)
-        limit = self._limits.page_conversations
-        found: list[tuple[str, int, int]]
-        if sync.changes:
-            convs = await self._store.conversations(
-                session.user, session.device, after, limit, self._clock.wall_ms()
-            )
-            more, version = convs.more, convs.version
-            found = [(item.conv, item.cursor, item.head) for item in convs.items]
-            frame = encode(Changes(0, [self.change(item) for item in convs.items], version, more))
-        else:
-            behind = await self._store.behind(session.user, session.device, after, limit)
-            more, version = behind.more, behind.version
-            found = [(item.conv, item.cursor, item.head) for item in behind.items]
-            frame = b""
+        """One page of the change index: list entries, and which conversations are BEHIND.
+
+        The entries are told after a hot resume too: LEVEL says that everything up to its version was, and
+        another device may have read what this one had.
+        """
+        page = await self._store.conversations(
+            session.user, session.device, max(sync.since, sync.reached), self._limits.page_conversations,
+            self._clock.wall_ms(),
+        )  # fmt: skip
         if session.link is not link or session.sync is not sync:
             return
-        if frame:
-            link.send(frame)
-        for conv, cursor, head in found:
+        link.send(encode(Changes(0, [self.change(item) for item in page.items], page.version, page.more)))
+        for item in page.items:
             # Under way from a replay counts as written: its acks close the distance to the cursor.
-            reached = session.reached(conv, cursor)
-            if head > reached:
-                position = reached if reached > cursor else CURSOR
-                session.put_behind(conv, 0, position, dup=session.tag > 0)
-                sync.waiting.add(conv)
-        sync.reached = version
-        if not more:
+            reached = session.reached(item.conv, item.cursor)
+            if item.head > reached:
+                heard = session.put_behind(item.conv, 0, CURSOR, dup=session.tag > 0)
+                if reached > item.cursor:
+                    heard.position = reached
+                sync.waiting.add(item.conv)
+        sync.reached = page.version
+        if not page.more:
             sync.paged = True
             session.replayed.clear()
             self._finish(session, sync)

@@ -154,7 +154,7 @@ class Commands:
                 self._check_page(found.limit, self._limits.page_conversations)
                 self._ask(session, question, self._convs(session, question, found))
             case p.Sync():
-                self._catchup.sync(session, found.user_cursor, changes=True)
+                self._catchup.sync(session, found.user_cursor)
             case p.Refresh():
                 self._refresh(session, found)
             case p.Auth():

@@ -464,6 +464,7 @@ class Delivery:
         moved = self._move(session, parcels, now_ms, "timeout", urgent=False, tell=True)
         for conv, highest in moved.items():
             heard = session.put_behind(conv, highest, CURSOR, dup=True, paused=True)
+            session.replayed.pop(conv, None)
             observe.BEHIND.labels("timeout").inc()
             if self._watched_here(session):
                 self._repeat_later(session, conv, heard, mono_ms)

@@ -153,7 +153,7 @@ class Handshake:
         session.level_version = max(session.level_version, auth.user_cursor)
         session.joining = True
         # Nothing is written live until the sync that follows has been paged.
-        self._catchup.sync(session, auth.user_cursor, changes=not hot)
+        self._catchup.sync(session, auth.user_cursor)
         try:
             self.delivery.attach(session, link, auth.tag if hot else 0)
         except PeerError:
@@ -208,7 +208,7 @@ class Handshake:
         )
         if session.link is None:
             # Nobody would ever take this attachment back.
-            self._spawn(self._detach(session, attachment.generation, 0), f"detach {session.id[:8]}")
+            self._spawn(self._take_back(session, attachment.generation), f"detach {session.id[:8]}")
             raise PresenceUnavailable("the connection ended while it was registered")
         # Two connections of one session, answered in the wrong order: the newer attachment stands.
         session.generation = max(session.generation, attachment.generation)
@@ -221,6 +221,23 @@ class Handshake:
             # One that is not told is fenced by its generation all the same.
             with contextlib.suppress(BusUnavailable):
                 await self._bus.publish(records)
+
+    async def _take_back(self, session: Session, generation: int) -> None:
+        """Detach, unless a newer connection of the device is here: ours may have replaced its attachment."""
+        tried = 0
+        while not self.stopping:
+            newer = self._pool.of_device(session.user, session.device)
+            if newer is None or newer.link is None:
+                await self._detach(session, generation, 0)
+                return
+            try:
+                await self.register(newer)
+            except PresenceUnavailable:
+                tried = await self._back_off(tried)
+                continue
+            if not newer.joining:
+                self._catchup.sync(newer, newer.level_version)
+            return
 
     def _kick_record(self, old: Attachment, new: Attachment) -> Outgoing:
         kick = Kick(old.user, old.device, old.session, new.generation, CloseCode.REPLACED, "replaced")
@@ -299,9 +316,12 @@ class Handshake:
                 await self._presence.detach(session.user, session.device, generation, grace_until_ms)
                 return
             except PresenceUnavailable:
-                longest = min(self._limits.retry_first_ms << min(tried, 20), self._limits.retry_most_ms)
-            tried += 1
-            await asyncio.sleep(longest * (0.5 + self._rng.random() / 2) / 1000)
+                tried = await self._back_off(tried)
+
+    async def _back_off(self, tried: int) -> int:
+        longest = min(self._limits.retry_first_ms << min(tried, 20), self._limits.retry_most_ms)
+        await asyncio.sleep(longest * (0.5 + self._rng.random() / 2) / 1000)
+        return tried + 1
 
     def _end(self, session: Session) -> None:
         """Nothing can be resumed any more."""

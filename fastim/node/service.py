@@ -349,7 +349,7 @@ class Node:
                 raise
             return  # it ended meanwhile, and holds nobody up
         if not session.joining:
-            self.catchup.sync(session, session.level_version, changes=False)
+            self.catchup.sync(session, session.level_version)
 
     def _on_gap(self, user: str, device: str, behind: Behind) -> None:
         self.delivery.on_gap(user, device, behind.conv, behind.head)

@@ -93,12 +93,10 @@ class Heard:
 class Sync:
     """One pass over what changed: pages of the change index, then LEVEL when all of it was streamed."""
 
-    __slots__ = ("changes", "paged", "reached", "since", "waiting")
+    __slots__ = ("paged", "reached", "since", "waiting")
 
-    def __init__(self, since: int, *, changes: bool) -> None:
+    def __init__(self, since: int) -> None:
         self.since = since
-        self.changes = changes
-        """Also tell the list entries (CHANGES), not only stream messages."""
         self.reached = 0
         self.paged = False
         self.waiting: set[str] = set()

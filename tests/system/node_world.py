@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -89,7 +90,8 @@ class Faulty:
         self._gates: dict[str, asyncio.Event] = {}
         self.late = False
         """Hold calls after they were carried out, not before."""
-        self.waiting = 0
+        self.held: Counter[str] = Counter()
+        """How many calls of a name wait."""
 
     def hold(self, name: str) -> None:
         """Calls of this name wait from now on."""
@@ -97,6 +99,10 @@ class Faulty:
 
     def let_go(self, name: str) -> None:
         self._gates.pop(name).set()
+
+    @property
+    def waiting(self) -> int:
+        return self.held.total()
 
     def heal(self) -> None:
         self.failing.clear()
@@ -125,11 +131,11 @@ class Faulty:
     async def _gate(self, name: str) -> None:
         gate = self._gates.get(name)
         if gate is not None:
-            self.waiting += 1
+            self.held[name] += 1
             try:
                 await gate.wait()
             finally:
-                self.waiting -= 1
+                self.held[name] -= 1
 
 
 class FakeHub:
@@ -517,20 +523,21 @@ class NodeWorld:
     def _moving(self) -> str:
         node = self.node
         flusher, catchup = node.flusher, node.catchup
-        held = self.store.waiting + self.presence.waiting + self.bus.waiting
+        held = self.store.held + self.presence.held + self.bus.held
+        streams = held["conversations"] + held["stream"] + held["position"]
+        busy = sum(session.busy for session in node.pool)
         if self.hub.scheduled or self.acks.pending_drain:
             return "hub"
         if self._unread():
             return "inbox"
-        if node.commands._sends and not held:
+        if node.commands._sends and not held["publish"]:
             return "sends"
-        if len(node._short) > held:
+        if len(node._short) > held.total() - held["flush"] - min(busy, streams):
             return f"tasks {sorted(task.get_name() for task in node._short)}"
-        if (flusher._pending or flusher._committing.locked()) and not held and not self.store.failing:
+        flushing = flusher._committing.locked() or flusher._pending
+        if flushing and not held["flush"] and not any(self.store.failing.values()):
             return "flush"
-        if catchup._queue and not held:
-            return "catchup queue"
-        if any(session.busy for session in node.pool) and not held:
+        if (busy or catchup._queue) and not streams:
             return "catchup"
         return ""
 
