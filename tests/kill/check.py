@@ -20,6 +20,10 @@ from tests.kill.log import DeviceRecord, Submitted
 LATE_MS: Final = 1_500
 """How far a device's idea of the server's clock may be behind when it shows a message."""
 
+UNHEARD_MS: Final = 1_500
+"""A cumulative ack waits 100 ms, and as long as a hole in any conversation is held (500 ms) and pulled. This
+long before its connection ends, a device may show what the server never hears of."""
+
 
 @dataclass
 class Verdict:
@@ -163,6 +167,26 @@ def _complete(
                     )
 
 
+def _deaf_spans(record: DeviceRecord) -> list[tuple[int, int]]:
+    """From a moment before each end of a connection or of the app until the next HELLO."""
+    spans: list[tuple[int, int]] = []
+    end_ms = 0
+    for at_ms, what in record.lives:
+        if what == "connected":
+            if end_ms:
+                spans.append((end_ms - UNHEARD_MS, at_ms))
+            end_ms = 0
+        elif not end_ms:
+            end_ms = at_ms
+    if end_ms:
+        spans.append((end_ms - UNHEARD_MS, 1 << 62))
+    return spans
+
+
+def _within(at_ms: int, spans: Sequence[tuple[int, int]]) -> bool:
+    return any(first <= at_ms <= last for first, last in spans)
+
+
 def compare_audit(
     audit: Sequence[AuditLine],
     records: Sequence[DeviceRecord],
@@ -173,16 +197,20 @@ def compare_audit(
     """Every obligation of every accepted message once, with the state that the clients' logs imply.
 
     acked    exactly those that some device of the user stored: shown, or found expired by the device
-    expired  only with a deadline that has passed, and on no screen
+    expired  only with a deadline that has passed, and on no screen; or shown when no ack could be heard any
+             more (the connection or the server was about to end): then the server never learnt of it
     parked   on no screen, and no device of the user is level
     """
     verdict = Verdict()
     taken = accepted(records)
     level_users = {user for user, _ in level}
     shown: set[tuple[int, str]] = set()
+    heard: set[tuple[int, str]] = set()
     gone: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for record in records:
         shown.update((seen.msg_id, record.user) for seen in record.shown)
+        spans = _deaf_spans(record)
+        heard.update((seen.msg_id, record.user) for seen in record.shown if not _within(seen.at_ms, spans))
         for conv, first, last, _ in record.gone:
             gone[record.user, conv].append((first, last))
     states = {(line.msg_id, line.user): line.state for line in audit}
@@ -199,9 +227,12 @@ def compare_audit(
             was_shown = (msg_id, user) in shown
             found_gone = any(first <= sub.seq <= last for first, last in gone[user, sub.conv])
             expired = bool(sub.loss_time_ms) and end_ms > sub.loss_time_ms
+            unheard = was_shown and (msg_id, user) not in heard
+            if state == "expired" and unheard:
+                verdict.sizes["expired, shown when the connection ended"] += 1
             good = {
                 "acked": was_shown or (expired and found_gone),
-                "expired": expired and not was_shown,
+                "expired": expired and (not was_shown or unheard),
                 "parked": not was_shown and user not in level_users,
             }.get(state, False)
             if not good:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,8 @@ class DeviceRecord:
     """(conv, from, to, reason)"""
     strange: list[str] = field(default_factory=list)
     """Lines that cannot be: a second, different SENT, for one."""
-    lives: Counter[str] = field(default_factory=Counter)
-    """How often each `life` line was written."""
+    lives: list[tuple[int, str]] = field(default_factory=list)
+    """(moment, what) of every `life` line."""
 
 
 class ClientLog:
@@ -136,7 +135,7 @@ def apply(record: DeviceRecord, line: dict[str, Any]) -> None:
         case "gone":
             record.gone.append((line["conv"], line["seq"], line["to"], line["reason"]))
         case "life":
-            record.lives[line["what"]] += 1
+            record.lives.append((line["t"], line["what"]))
 
 
 def read_logs(directory: Path) -> list[DeviceRecord]:

@@ -9,6 +9,7 @@ write down any more is read from the local store when it is opened again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fastim.client import (
     StateChanged,
 )
 from fastim.client.wire import Receiver, Wire, check_url, dial
+from fastim.errors import Unavailable
 from tests.kill.log import ClientLog, Submitted, wall_ms
 
 _IMPATIENT_S = (0.1, 2.0)
@@ -58,10 +60,11 @@ class Phone:
         await self._remember()
 
     async def send(self, conv: str, body: bytes, loss_time_ms: int, n: int) -> str:
-        """Hand a message over; returns its client_id."""
+        """Hand a message over; returns its client_id. Whether a killed app took it, its next life says."""
         client_id = new_client_id(wall_ms())
         self._log.write("submit", client_id=client_id.hex(), conv=conv, n=n, loss=loss_time_ms)
-        await self._client.send(conv, body, loss_time_ms=loss_time_ms, client_id=client_id)
+        with contextlib.suppress(Unavailable):
+            await self._client.send(conv, body, loss_time_ms=loss_time_ms, client_id=client_id)
         return client_id.hex()
 
     def cut(self) -> None:

@@ -112,6 +112,18 @@ def test_expired_obligation_needs_a_passed_deadline() -> None:
     assert not compare_audit(audit, records, MEMBERS, LEVEL, 59_000).good
 
 
+@pytest.mark.parametrize(("lost_ms", "wrong"), [(50_100, 0), (49_000, 0), (52_000, 1), (0, 1)])
+def test_expired_but_shown_is_wrong_unless_no_ack_could_be_heard(lost_ms: int, wrong: int) -> None:
+    screen = reader(1, 2, 3)  # at 50,000
+    apply(screen, {"t": 1, "kind": "life", "what": "connected"})
+    if lost_ms:
+        apply(screen, {"t": lost_ms, "kind": "life", "what": "lost"})
+        apply(screen, {"t": 53_000, "kind": "life", "what": "connected"})
+    audit = [*AUDIT[:2], AuditLine(13, "b", "expired")]
+    records = [sender(losses=(0, 0, 60_000)), screen]
+    assert compare_audit(audit, records, MEMBERS, LEVEL, END_MS).count("ledger") == wrong
+
+
 def test_log_survives_a_restart_and_a_torn_line(tmp_path: Path) -> None:
     for n in (1, 2):
         log = ClientLog(tmp_path, "u.1", "d0")

@@ -176,7 +176,7 @@ async def _account(show: Show, here: Stage, pid: int, prober: Prober) -> None:
     verdict = check.judge(records, members, level, wall_ms())
     counts = " ".join(f"{kind}={verdict.count(kind)}" for kind in ("lost", "duplicates", "inversions"))
     show.check(verdict.good, f"{verdict.sizes['accepted']} accepted: {counts}")
-    dropped = {record.user: n for record in records if (n := record.lives["lost"])}
+    dropped = [record.user for record in records if any(what == "lost" for _, what in record.lives)]
     show.check(
         not dropped and not prober.dropped and here.server.pid == pid and here.server.starts == 1,
         f"no connection was lost ({dropped or 'none'}), no restart",
