@@ -38,9 +38,11 @@ class PushBox:
         sql = self._sql
         row = sql.row("SELECT ready_ms, attempt, holder, last_ms FROM push WHERE pair = ?", (pair,))
         if row is None:
+            # The serial starts at the moment: a row that was forgotten must not give its push_ids out again,
+            # or the vendor takes the new push for a repeat and no phone rings.
             sql.run(
-                "INSERT INTO push VALUES (?, 1, ?, 0, NULL, 0, ?, 0, 0)",
-                (pair, park.push_at_ms, park.collapse_ms),
+                "INSERT INTO push VALUES (?, ?, ?, 0, NULL, 0, ?, 0, 0)",
+                (pair, now_ms, park.push_at_ms, park.collapse_ms),
             )
             return
         ready_ms, attempt, holder, last_ms = row
@@ -78,8 +80,10 @@ class PushBox:
             if row is None:
                 self._rest(pair, now_ms)
                 continue
+            # Asked again while an earlier claim was out that ended by itself: its push may have rung already.
             sql.run(
-                "UPDATE push SET holder = ?, ready_ms = ?, again_ms = 0 WHERE pair = ?",
+                "UPDATE push SET holder = ?, ready_ms = ?,"
+                " again_ms = CASE WHEN holder IS NULL THEN 0 ELSE again_ms END WHERE pair = ?",
                 (holder, now_ms + claim_ms, pair),
             )
             found.append(row)
