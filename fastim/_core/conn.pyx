@@ -522,16 +522,21 @@ cdef class CoreConnection(WSListener):
         except BaseException as error:
             self._broken(error)
 
-    def parser_failed(self, int code) -> None:
+    def parser_failed(self, int code, str reason not None="") -> None:
         """picows found bytes that are no WebSocket frame; it hangs up in 10 ms.
 
         Called by whoever hears that: what is queued and our close frame go out first, and reading stops, because
         picows would parse the same bytes again with every read and its buffer would grow.
         """
-        if self._state == OPEN:
-            self.close_c(code if _is_close_code(code) else CLOSE_PROTOCOL, b"")
-        if self._transport is not None:
-            self._transport.underlying_transport.pause_reading()
+        try:
+            if self._state == OPEN:
+                self.close_c(
+                    code if _is_close_code(code) else CLOSE_PROTOCOL, reason.encode("utf-8", "replace")
+                )
+                if self._state == CLOSING:
+                    self._transport.underlying_transport.pause_reading()
+        except BaseException as error:
+            self._broken(error)
 
     cdef int _open(self, WSTransport transport) except -1:
         cdef uint64_t now = _clock_ms(CLOCK_MONOTONIC)

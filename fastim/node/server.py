@@ -115,16 +115,20 @@ class _Ear:
             self.sock.refused = "timeout"
 
     def error(self, message: str, *args: Any) -> None:
-        """Bytes that are no WebSocket frame; the arguments are (close code, text)."""
-        self._hangs_up(int(args[0][0]) if message.startswith("WS parser error") else CloseCode.PROTOCOL)
+        """Bytes that are no WebSocket frame: the argument is (close code, text)."""
+        if message.startswith("WS parser error"):
+            code, text = args[0]
+            self._hangs_up(int(code), str(text))
+        else:
+            _log.error(message, *args)
 
     def exception(self, message: str, *args: object) -> None:
         _log.exception(message, *args)
-        self._hangs_up(CloseCode.INTERNAL)
+        self._hangs_up(CloseCode.INTERNAL, "")
 
-    def _hangs_up(self, code: int) -> None:
+    def _hangs_up(self, code: int, text: str) -> None:
         if self.sock is not None and self.sock.link is not None:
-            self.sock.link.parser_failed(code)
+            self.sock.link.parser_failed(code, text)
 
     def upgrade(self, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
         assert self.sock is not None

@@ -711,6 +711,64 @@ async def test_what_rfc_6455_forbids_is_refused_with_its_code(bad: bytes, code: 
         assert len(client.owner.commands) == 1
 
 
+async def test_the_reason_of_a_refusal_shows_the_value_and_the_limit() -> None:
+    async with World() as world:
+        for bad, said in (
+            (ws(BINARY, b"", size=65_537), b"65537 > 65536"),
+            (ws(3, b"x"), b"opcode=0x3"),
+            (ws(BINARY, bytes(40_000), fin=False) + ws(CONT, bytes(30_000)), b"above 65,536 bytes"),
+        ):
+            client = await world.connect()
+            client.raw(bad)
+            assert said in (await client.closing())[1]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        ws_close(1000) + ws(3, b"x"),
+        ws_close(1000) + ws(PING) + ws(3, b"x"),
+        ws_close(1000) + ws_close(1000),
+        ws(3, b"x") + ws(3, b"x") * 1_000,
+        ws(TEXT, b"x") + ws(3, b"x"),
+        ws(BINARY, b"\xc1") + ws(3, b"x"),
+    ],
+)
+async def test_garbage_behind_an_end_changes_nothing(tail: bytes) -> None:
+    async with World() as world:
+        client = await world.connect()
+        client.raw(tail)
+        await client.closing()
+        await client.eof()
+        await until(lambda: client.owner.closed)
+
+
+async def test_after_garbage_nothing_more_is_read() -> None:
+    async with World() as world:
+        client = await world.connect()
+        client.raw(ws(3, b"x"))
+        assert (await client.closing())[0] == CloseCode.PROTOCOL
+        for _ in range(50):
+            client.raw(bytes(65_536))
+        await client.eof()
+        await until(lambda: client.owner.closed)
+        assert client.owner.closed[0][0] == CloseCode.PROTOCOL
+
+
+async def test_a_peer_that_sends_garbage_and_reads_nothing_is_ended_by_the_sweep() -> None:
+    async with World() as world:
+        client = await world.connect(receive_bytes=4_096)
+        client.writer.transport.pause_reading()
+        fill(client.owner.link, bytes(8_192), 65_536)
+        client.raw(ws(3, b"x"))
+        await until(lambda: client.owner.link.closed)
+        await asyncio.sleep(0.05)
+        assert client.owner.closed == []
+        assert world.later(1_100) == 1
+        await until(lambda: client.owner.closed)
+        assert client.owner.closed == [(CloseCode.PROTOCOL, False)]
+
+
 @pytest.mark.parametrize(
     "code", [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 9999, 65_535]
 )
