@@ -74,7 +74,7 @@ class Ledger:
         found = []
         for conv, first, last, one, other in self._sql.rows(
             "SELECT conv, min(seq), max(seq), min(sender), max(sender) FROM message"
-            " WHERE msg_id > ? AND msg_id <= ? AND kind < 32 GROUP BY conv ORDER BY conv",
+            " WHERE msg_id > ? AND msg_id <= ? GROUP BY conv HAVING min(kind) < 32 ORDER BY conv",
             (self.settled_mark(), upto_msg_id),
         ):
             name = names.conv_name(conv)
