@@ -13,6 +13,7 @@ Source: semantics, "Send", "Read, unread, badge"; promises, "Limits to ship".
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
@@ -36,6 +37,8 @@ from fastim.store.base import MessageStore
 _PAGE_BYTES: Final = 60_000
 """Of a HISTORY_PAGE: a frame holds 64 KiB."""
 _BUCKETS: Final = 65_536
+_DUST: Final = 1e-6
+"""Of a message: what sums of floats may be off by."""
 _UNAVAILABLE_RETRY_MS: Final = 1_000
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]
@@ -57,9 +60,9 @@ class SendRate:
         level = min(self._burst, level + (now_ms - at_ms) * self._per_ms)
         # A frame larger than the burst passes when the bucket is full.
         wanted = min(float(count), self._burst)
-        if level < wanted:
-            return max(1, round((wanted - level) / self._per_ms))
-        self._buckets[user] = (level - wanted, now_ms)
+        if wanted - level > _DUST:
+            return math.ceil((wanted - level - _DUST) / self._per_ms)
+        self._buckets[user] = (max(0.0, level - wanted), now_ms)
         self._buckets.move_to_end(user)
         if len(self._buckets) > _BUCKETS:
             self._buckets.popitem(last=False)
