@@ -67,8 +67,12 @@ class RawClient:
         sock.setblocking(False)
         if self._shrink:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        await asyncio.get_running_loop().sock_connect(sock, self._address)
-        self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=1 << 20)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, self._address)
+            self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=1 << 20)
+        except BaseException:
+            sock.close()
+            raise
         key = base64.b64encode(os.urandom(16)).decode()
         host, port = self._address
         self._writer.write(

@@ -67,7 +67,9 @@ class Stage:
 
     async def phone(self, user: str, *, port: int = 0) -> Phone:
         """The SDK on `user`'s only device, connected; the same store and log each time."""
-        log = self.logs.setdefault(user, ClientLog(self.directory, user, "d0"))
+        if user not in self.logs:
+            self.logs[user] = ClientLog(self.directory, user, "d0")
+        log = self.logs[user]
         phone = Phone(
             self.server, self.server.token(user), "d0", self.directory / f"{user}.db", log, port=port
         )
