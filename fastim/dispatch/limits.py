@@ -17,7 +17,7 @@ class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store_patience_ms: int = 5_000
     """How long a batch waits for a store that is away before its senders are refused."""
     most_owed: int = 65_536
-    """(sender, conv) pairs that wait for presence or the bus, so that the sender's other devices are told."""
+    """(user, conv) pairs that wait for presence or the bus, so that all devices are told."""
     bus_patience_ms: int = 2_000
     """How long a publish is tried again before due rows take over."""
     retry_first_ms: int = 20

@@ -8,8 +8,9 @@
  presence is away   due row soon: nobody is taken for offline
  expired meanwhile  due row now: the store clears it into its fate
 
-The sender has no obligation; his other sessions get a Deliver, the sending one is skipped. While presence or
-the bus is away no due row stands for them: they are owed a Nudge, which leaves when both are back.
+The sender has no obligation; his other sessions get a Deliver, the sending one is skipped. A due row stands
+for a user and goes with the first of his devices. So while presence or the bus is away everybody is owed a
+Nudge that leaves when both are back: the other devices of users and sender hear of it too.
 `Router` is the same with the backends attached. A record for an inbox that does not exist (any more) means
 that its users have moved: due rows.
 """
@@ -57,7 +58,7 @@ class Plan:
         """(from_seq, to_seq, push)"""
         self.due: dict[Pair, DueRequest] = {}
         self.owed: dict[Pair, None] = {}
-        """(sender, conv) whose other sessions could not be told."""
+        """Whose sessions could not be told."""
         self.obligations = 0
         self.expired = 0
 
@@ -100,7 +101,7 @@ def route(
             for user in item.members:
                 if user != sender:
                     plan.ask_due(user, conv, first, now_ms + limits.first_due_ms)
-            plan.owed[sender, conv] = None
+                plan.owed[user, conv] = None
             continue
         nodes: dict[tuple[str, int], list[str]] = {}
         for user in item.members:
@@ -217,8 +218,7 @@ class Router:
                 if user != record.sender:
                     due_at_ms = now_ms + self._limits.first_due_ms
                     plan.ask_due(user, record.conv, record.seq, due_at_ms, urgent=True)
-                else:
-                    plan.owed[user, record.conv] = None
+                plan.owed[user, record.conv] = None
         self._owe(plan.owed)
         return topics
 
@@ -229,7 +229,7 @@ class Router:
             del self._owed[next(iter(self._owed))]
 
     async def nudge_owed(self) -> None:
-        """Tell the senders' other sessions what they missed. Costs nothing when nothing is owed."""
+        """Tell sessions of what they could not be told. Costs nothing when nothing is owed."""
         if not self._owed:
             return
         owed, self._owed = self._owed, {}
