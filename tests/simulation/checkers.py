@@ -203,7 +203,8 @@ def _views(facts: Facts) -> Iterable[str]:
 
 def _complete(facts: Facts) -> Iterable[str]:
     for log in facts.devices:
-        if not log.returns:
+        if not log.returns or not log.acks:
+            # Whoever acknowledges nothing gets a window full, and is then left alone.
             continue
         have = {(s.conv, s.seq) for s in log.shown}
         for message in facts.timeline:
@@ -213,6 +214,9 @@ def _complete(facts: Facts) -> Iterable[str]:
             if key in have or message.seq <= log.start.get(message.conv, 0):
                 continue
             if is_expired(message.loss_time_ms, facts.wall_end_ms):
+                continue
+            if facts.wall_jumped and message.loss_time_ms:
+                # It was past its deadline for whoever looked at the wrong moment.
                 continue
             kind = (
                 "expiry" if message.seq in log.stored[message.conv] and message.loss_time_ms == 0 else "loss"
@@ -226,7 +230,8 @@ def _sender_order(facts: Facts) -> Iterable[str]:
     seqs = {(m.sender, m.conv, m.client_id): m.seq for m in facts.timeline}
     for sub in facts.submissions:
         seq = seqs.get((sub.sender, sub.conv, sub.client_id))
-        if seq is None:
+        if seq is None or not sub.device:
+            # Two calls of a service are two requests: nothing orders them.
             continue
         key = (sub.sender, sub.device, sub.conv)
         if seq < last.get(key, 0):

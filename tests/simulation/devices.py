@@ -22,6 +22,7 @@ from fastim.model import Kind, SkipReason, is_expired
 from tests.simulation.checkers import DeviceLog, Shown, Submission
 from tests.simulation.network import Wire
 from tests.simulation.scenario import DevicePlan
+from tests.simulation.wire import END_OF_TCP
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -48,11 +49,23 @@ class Phone:
 
 
 class Held:
-    """Frames of one conversation above the next seq, by seq."""
+    """Frames of one conversation above the next seq, by seq, each with the tags under which it came."""
 
     def __init__(self) -> None:
-        self.frames: dict[int, tuple[int, p.Msg | p.Skip | p.SentItem]] = {}
+        self.frames: dict[int, tuple[list[int], p.Msg | p.Skip | p.SentItem]] = {}
         self.pulled = False
+
+
+class Sending:
+    """The SEND of a conversation that is under way."""
+
+    def __init__(self, subs: list[Submission]) -> None:
+        self.subs = subs
+        self.tries = 0
+        self.open = {sub.client_id for sub in subs}
+        """Not answered yet, by SENT or ERROR."""
+        self.wait_s = 0.0
+        """How long the refusals say to wait before what is left is sent again."""
 
 
 class Device:
@@ -110,10 +123,12 @@ class Device:
 
     def restless(self) -> list[str]:
         why = []
-        if self.plan.returns and (self.app is None or not self.app.live):
+        if self.plan.returns and (self.app is None or not self.app.connected):
             why.append(f"{self.name} is not connected")
         if any(self.phone.outbox.values()) and self.plan.returns:
             why.append(f"{self.name} has unsent messages")
+        if self.app is not None and self.plan.returns and any(h.frames for h in self.app.held.values()):
+            why.append(f"{self.name} holds frames behind a hole")
         return why
 
 
@@ -130,13 +145,19 @@ class App:
         self.held: dict[str, Held] = defaultdict(Held)
         self.seen_tag = 0
         self.pending: dict[int, bool] = {}
-        """tag -> stored, of what was received and is not acknowledged, in order."""
-        self.acked_tag = 0
-        self.resumed_hot = False
-        self.server_ahead_ms = 0
+        """tag -> stored, of what was received and is above stored_tag, in order."""
+        self.stored_tag = 0
+        """Everything up to it is stored."""
+        self.single: list[int] = []
+        """msg_ids to be acknowledged one by one."""
+        self.tags_may_miss = False
+        """After a hot resume: tags that were acknowledged one by one do not come again."""
+        self.ahead_ms: deque[int] = deque([0], maxlen=5)
+        """Samples of how far the server's clock is ahead. One that was held up on its way is too small."""
         self.heard_s = 0.0
-        self.outstanding: dict[str, tuple[list[Submission], int]] = {}
-        """conv -> the submissions of the SEND under way, and how often it was sent."""
+        self.leaves_s = 0.0
+        """When to leave a server that goes away; 0: it does not."""
+        self.outstanding: dict[str, Sending] = {}
         self._ack_set = False
         self._work: deque[bytes] = deque()
         self._working = False
@@ -154,25 +175,30 @@ class App:
                 1, 1, f"token {plan.user}", plan.device, "app", phone.session, phone.tag, phone.user_cursor
             )
         )
-        self.heard_s = self.world.scheduler.now
-        beat = 10.0 * device.rng.random()
+        now = self.world.scheduler
+        self.heard_s = now.now
+        beat_s = now.now + 10.0 * device.rng.random()
         while not self.over.is_set():
             try:
-                async with asyncio.timeout(min(beat, 1.0)):
+                async with asyncio.timeout(0.5):
                     await self.over.wait()
             except TimeoutError:
                 pass
-            silent = self.world.scheduler.now - self.heard_s
-            if silent > (SILENCE_S if self.live else HELLO_PATIENCE_S):
+            if now.now - self.heard_s > (SILENCE_S if self.live else HELLO_PATIENCE_S):
                 self._leave("silence", orderly=False)
             elif device.wants_to_be_offline():
                 self._leave("plan", orderly=device.rng.random() < 0.5)
-            else:
-                beat -= 1.0
-                if beat <= 0 and self.live:
-                    self._send(p.Ping())
-                    beat = 10.0
+            elif self.leaves_s and now.now >= self.leaves_s:
+                self._leave("goaway", orderly=True)
+            elif self.live and now.now >= beat_s:
+                self._send(p.Ping())
+                beat_s = now.now + 10.0
         self.live = False
+
+    @property
+    def connected(self) -> bool:
+        """In truth: a device whose connection is half-open does not know yet that it is not."""
+        return self.live and self.wire is not None and not self.wire.over
 
     def _leave(self, why: str, orderly: bool) -> None:
         """By a close frame, or by going silent (the radio is off): the server has to find out."""
@@ -187,8 +213,12 @@ class App:
         self.over.set()
 
     def killed(self) -> None:
+        """The phone's kernel ends the connection, with a goodbye or a reset."""
         assert self.wire is not None
-        self.wire.cut()
+        if self.device.rng.random() < 0.5:
+            self.wire.up.close(END_OF_TCP)
+        else:
+            self.wire.cut()
         self.over.set()
 
     def _send(self, frame: p.Frame) -> None:
@@ -245,6 +275,11 @@ class App:
             case p.Level():
                 self.seen(frame.tag)
                 self.level(frame)
+            case p.Changes():
+                self._changes(frame)
+            case p.Goaway():
+                window_s = frame.window_ms / 1000
+                self.leaves_s = self.world.scheduler.now + window_s * self.device.rng.random()
             case p.Pong():
                 self._pong(frame)
             case p.Probe():
@@ -256,31 +291,38 @@ class App:
 
     def _hello(self, frame: p.Hello) -> None:
         self.live = True
-        self.server_ahead_ms = frame.server_ms - self.world.clock.wall_ms()
+        self.ahead_ms.clear()
+        self.ahead_ms.append(frame.server_ms - self.world.clock.wall_ms())
         self.world.say(f"{self.device.name} hello resumed={frame.resumed}")
-        if frame.resumed != 1:
-            self.phone.tag = 0
-            self.acked_tag = 0
+        if frame.resumed == 1:
+            self.tags_may_miss = True
         else:
-            self.resumed_hot = True
-            self.acked_tag = self.phone.tag
-            self._ack_soon()
-        self.seen_tag = self.phone.tag
+            self.phone.tag = 0
+        self.seen_tag = self.stored_tag = self.phone.tag
         self.phone.session = frame.session
+        if self.stored_tag and self.device.rng.random() < 0.5:
+            self._ack_soon()  # a repeated ack is harmless
         for conv in list(self.phone.outbox):
             self.pump(conv)
 
+    def _changes(self, frame: p.Changes) -> None:
+        """A conversation never heard of starts at this device's cursor: older ones are history."""
+        for item in frame.items:
+            if item.conv not in self.phone.last:
+                self.phone.last[item.conv] = item.cursor
+                self.device.log.start[item.conv] = item.cursor
+
     def _pong(self, frame: p.Pong) -> None:
-        self.server_ahead_ms = frame.server_ms - self.world.clock.wall_ms()
-        if frame.last_tag > self.seen_tag:
+        self.ahead_ms.append(frame.server_ms - self.world.clock.wall_ms())
+        if frame.last_tag > self.seen_tag and not self.tags_may_miss:
             self.world.failures.append(f"{self.device.name} missed tags {self.seen_tag}..{frame.last_tag}")
 
     def seen(self, tag: int) -> None:
         if tag:
-            if tag > self.seen_tag + 1 and not self.resumed_hot:
+            if tag > self.seen_tag + 1 and not self.tags_may_miss:
                 self.world.failures.append(f"{self.device.name} saw tag {tag} after {self.seen_tag}")
             self.seen_tag = max(self.seen_tag, tag)
-            if tag > self.acked_tag:
+            if tag > self.stored_tag:
                 self.pending.setdefault(tag, False)
 
     # ------------------------------------------------------------------------------------------ order
@@ -297,15 +339,12 @@ class App:
             return
         if seq > phone.last[conv] + 1:
             held = self.held[conv]
-            old = held.frames.get(seq)
-            if old is not None:
-                self.stored(old[0])
-            held.frames[seq] = (tag, what)
+            held.frames.setdefault(seq, ([], what))[0].append(tag)
             if not held.pulled:
                 held.pulled = True
                 self.world.outside.call_later(HOLD_S, self._pull, conv)
             return
-        self.apply(conv, tag, what)
+        self.apply(conv, [tag], what)
         self._apply_held(conv)
 
     def _apply_held(self, conv: str) -> None:
@@ -314,14 +353,15 @@ class App:
             seq = min(held.frames)
             if seq > self.phone.last[conv] + 1:
                 return
-            tag, what = held.frames.pop(seq)
+            tags, what = held.frames.pop(seq)
             last = what.to_seq if isinstance(what, p.Skip) else seq
-            if last <= self.phone.last[conv]:
-                self.stored(tag)
+            if last > self.phone.last[conv]:
+                self.apply(conv, tags, what)
             else:
-                self.apply(conv, tag, what)
+                for tag in tags:
+                    self.stored(tag)
 
-    def apply(self, conv: str, tag: int, what: p.Msg | p.Skip | p.SentItem) -> None:
+    def apply(self, conv: str, tags: list[int], what: p.Msg | p.Skip | p.SentItem) -> None:
         """Show and store, then the tag may be acknowledged."""
         phone, log = self.phone, self.device.log
         if isinstance(what, p.Skip):
@@ -333,7 +373,10 @@ class App:
             phone.last[conv] = what.seq
             log.stored[conv].add(what.seq)
             self.show(conv, what)
-        self.stored(tag)
+            if isinstance(what, p.Msg) and self.device.plan.acks_single:
+                self.single.append(what.msg_id)
+        for tag in tags:
+            self.stored(tag)
 
     def show(self, conv: str, what: p.Msg | p.SentItem) -> None:
         clock, log = self.world.clock, self.device.log
@@ -343,7 +386,7 @@ class App:
         else:
             if what.kind >= Kind.MEMBER:
                 return
-            if is_expired(what.loss_time_ms, clock.wall_ms() + self.server_ahead_ms):
+            if is_expired(what.loss_time_ms, clock.wall_ms() + max(self.ahead_ms)):
                 return
             fields = (what.sender, what.body, what.loss_time_ms)
         log.shown.append(Shown(conv, what.seq, what.msg_id, what.client_id, *fields, clock.wall_ms()))
@@ -363,17 +406,26 @@ class App:
             self.world.outside.call_later(HOLD_S * 8, self._pull, conv)
 
     def level(self, frame: p.Level) -> None:
-        """Everything before it is stored only when nothing is held."""
-        if not any(held.frames for held in self.held.values()):
+        """A place to resume from once everything before it is stored, which is when nothing is held."""
+        if self.device.plan.acks and not any(held.frames for held in self.held.values()):
             self.phone.user_cursor = max(self.phone.user_cursor, frame.user_cursor)
         self.stored(frame.tag)
 
     # ------------------------------------------------------------------------------------------ acks
 
     def stored(self, tag: int) -> None:
-        if tag:
-            if tag in self.pending:
-                self.pending[tag] = True
+        """The frame of this tag is in the phone's storage; so is the tag up to which all are."""
+        if not tag or self.over.is_set():
+            return
+        if tag in self.pending:
+            self.pending[tag] = True
+        for received, is_stored in list(self.pending.items()):
+            if not is_stored:
+                break
+            self.stored_tag = received
+            del self.pending[received]
+        if self.device.plan.acks:
+            self.phone.tag = self.stored_tag
             self._ack_soon()
 
     def _ack_soon(self) -> None:
@@ -383,43 +435,42 @@ class App:
 
     def ack(self) -> None:
         self._ack_set = False
-        tag = self.acked_tag
-        for received, is_stored in list(self.pending.items()):
-            if not is_stored:
-                break
-            tag = received
-            del self.pending[received]
-        self.phone.tag = max(self.phone.tag, tag)
-        if tag and not self.over.is_set():
-            self.acked_tag = tag
-            self._send(p.Ack(tag))
+        if self.over.is_set():
+            return
+        if self.single:
+            for start in range(0, len(self.single), p.MAX_ACK_IDS):
+                self._send(p.Acks(self.single[start : start + p.MAX_ACK_IDS]))
+            self.single.clear()
+            if self.device.rng.random() < 0.7:
+                self._ack_soon()  # the rest with a later one
+                return
+        if self.stored_tag:
+            self._send(p.Ack(self.stored_tag))
 
     # ------------------------------------------------------------------------------------------ the outbox
 
     def pump(self, conv: str) -> None:
         """One SEND per conversation under way."""
         box = self.phone.outbox[conv]
-        if not self.live or conv in self.outstanding or not box:
+        if not self.live or self.over.is_set() or conv in self.outstanding or not box:
             return
-        subs = list(box)[: self.device.rng.choice((1, 4, p.MAX_SEND_BATCH))]
-        self.outstanding[conv] = (subs, 0)
-        self._transmit(conv)
+        sending = Sending(list(box)[: self.device.rng.choice((1, 4, p.MAX_SEND_BATCH))])
+        self.outstanding[conv] = sending
+        self._transmit(conv, sending)
 
-    def _transmit(self, conv: str) -> None:
-        if self.over.is_set() or conv not in self.outstanding:
+    def _transmit(self, conv: str, sending: Sending) -> None:
+        """The same client_ids until there is an answer for each."""
+        if self.over.is_set() or self.outstanding.get(conv) is not sending:
             return
-        subs, tries = self.outstanding[conv]
-        self.outstanding[conv] = (subs, tries + 1)
-        for sub in subs:
+        waiting = [sub for sub in sending.subs if sub.client_id in sending.open]
+        for sub in waiting:
             self.device.heard_of[sub.client_id.hex()] = sub
-        items = [p.SendItem(s.client_id, Kind.TEXT, s.body, s.loss_time_ms, s.flags) for s in subs]
-        self._send(p.Send(conv, items))
-        delay = RESEND_S[min(tries, len(RESEND_S) - 1)] * (0.5 + self.device.rng.random() / 2)
-        self.world.outside.call_later(delay, self._resend, conv, subs)
-
-    def _resend(self, conv: str, subs: list[Submission]) -> None:
-        if self.outstanding.get(conv, (None, 0))[0] is subs:
-            self._transmit(conv)
+        items = [p.SendItem(s.client_id, Kind.TEXT, s.body, s.loss_time_ms, s.flags) for s in waiting]
+        read_seq = self.phone.last.get(conv, 0) if self.device.rng.random() < 0.2 else 0
+        self._send(p.Send(conv, items, read_seq))
+        delay_s = RESEND_S[min(sending.tries, len(RESEND_S) - 1)] * (0.5 + self.device.rng.random() / 2)
+        sending.tries += 1
+        self.world.outside.call_later(delay_s, self._transmit, conv, sending)
 
     def sent(self, frame: p.Sent) -> None:
         box = self.phone.outbox[frame.conv]
@@ -434,7 +485,7 @@ class App:
         items = sorted(frame.items, key=lambda item: item.seq)
         for number, item in enumerate(items, 1):
             self.ordered(frame.conv, frame.epoch, item.seq, frame.tag if number == len(items) else 0, item)
-        self._finished(frame.conv)
+        self._answered(frame.conv, [item.client_id for item in frame.items])
 
     def refused(self, frame: p.Error) -> None:
         if frame.op != p.Op.SEND:
@@ -449,11 +500,18 @@ class App:
             box = self.phone.outbox[sub.conv]
             if sub in box:
                 box.remove(sub)
-            self._finished(sub.conv)
+        self._answered(sub.conv, [sub.client_id], frame.retry_after_ms / 1000)
 
-    def _finished(self, conv: str) -> None:
-        """The SEND under way is answered as a whole: the next one may go."""
-        subs, _ = self.outstanding.get(conv, ([], 0))
-        if subs and not any(sub in self.phone.outbox[conv] for sub in subs):
+    def _answered(self, conv: str, client_ids: list[bytes], wait_s: float = 0.0) -> None:
+        """When the SEND under way is answered as a whole, the next one may go: what is left, in order."""
+        sending = self.outstanding.get(conv)
+        if sending is None:
+            return
+        sending.open.difference_update(client_ids)
+        sending.wait_s = max(sending.wait_s, wait_s)
+        if not sending.open:
             del self.outstanding[conv]
-            self.pump(conv)
+            if sending.wait_s:
+                self.world.outside.call_later(sending.wait_s, self.pump, conv)
+            else:
+                self.pump(conv)

@@ -16,7 +16,7 @@ from fastim._core.acks import AckTable
 from fastim._core.frame import parse_ack, split
 from fastim._core.wheel import Wheel
 from fastim.clock import Clock
-from fastim.errors import PeerError
+from fastim.errors import PeerError, UsageError
 from fastim.node.link import CLOSE_ABORT_MS, LinkOwner
 from fastim.protocol import (
     MAX_FRAMES_PER_PACKET,
@@ -30,11 +30,12 @@ from fastim.protocol import (
     encode_msg,
 )
 from tests.simulation.loop import SimLoop
-from tests.simulation.wire import End, Pipe
+from tests.simulation.wire import END_OF_TCP, End, Pipe
 
 SOFT_BYTES: Final = 262_144
 HARD_BYTES: Final = 524_288
 AUTH_MS: Final = 5_000
+CLOSE_ABNORMAL: Final = 1006
 
 
 class SimHub:
@@ -59,6 +60,7 @@ class SimHub:
         self.on_fatal: Callable[[BaseException], None] = self._raise
         self._links: dict[int, SimLink] = {}
         self._dirty: list[SimLink] = []
+        self._gone: list[SimLink] = []
         self._scheduled = False
         self._auth: deque[tuple[int, SimLink]] = deque()
         self._closing: deque[tuple[int, SimLink]] = deque()
@@ -87,7 +89,7 @@ class SimHub:
             link = self._closing.popleft()[1]
             if link.state == "closing":
                 ended += 1
-                link.finish(link.close_code, orderly=False)
+                link.finish()
         return ended
 
     def wake(self) -> None:
@@ -96,17 +98,22 @@ class SimHub:
             self.loop.call_soon(self.tick)
 
     def tick(self) -> None:
+        """The end of a loop tick, in the order of CoreHub: acks, ends, writes."""
         self._scheduled = False
         if self.acks.pending_drain:
             try:
                 self.on_acked()
             except Exception as error:
                 self.on_fatal(error)
+        gone, self._gone = self._gone, []
+        for link in gone:
+            try:
+                link.tell()
+            except Exception as error:
+                self.on_fatal(error)
         dirty, self._dirty = self._dirty, []
         for link in dirty:
             link.flush()
-        if self._dirty or self.acks.pending_drain:
-            self.wake()
 
     # -- from the network
 
@@ -146,6 +153,7 @@ class SimLink:
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._dirty = False
+        self._orderly = False
 
     @property
     def closed(self) -> bool:
@@ -153,9 +161,13 @@ class SimLink:
 
     @property
     def overflow(self) -> bool:
-        return self.down.waiting_bytes > SOFT_BYTES
+        return self.buffered_bytes() > SOFT_BYTES
 
     def bind(self, ack_slot: int) -> None:
+        if self.closed:
+            return
+        if ack_slot != -1:
+            self.hub.acks.last_tag(ack_slot)
         self._ack_slot = ack_slot
 
     def set_pong(self, user_cursor: int) -> None:
@@ -164,9 +176,13 @@ class SimLink:
     def send(self, frame: bytes) -> None:
         if self.closed:
             return
+        if not 2 <= len(frame) <= MAX_PACKET_BYTES:
+            raise UsageError(f"the frame is {len(frame):,} bytes; limits 2 and {MAX_PACKET_BYTES:,}")
         self._out.append(frame)
         self._out_bytes += len(frame)
-        if not self._dirty:
+        if self.down.waiting_bytes and self.buffered_bytes() > HARD_BYTES:
+            self.abort()
+        elif not self._dirty:
             self._dirty = True
             self.hub._dirty.append(self)
             self.hub.wake()
@@ -188,8 +204,6 @@ class SimLink:
             self.down.send(b"".join(packet))
         self._out.clear()
         self._out_bytes = 0
-        if self.down.waiting_bytes > HARD_BYTES:
-            self.abort()
 
     def close(self, code: int, reason: str = "") -> None:
         if self.closed:
@@ -202,9 +216,8 @@ class SimLink:
 
     def abort(self) -> None:
         if self.state in ("open", "closing"):
-            self._out.clear()
             self.down.cut()
-            self._end(self.close_code or 1006, orderly=False)
+            self._end(self.close_code or CLOSE_ABNORMAL, orderly=False)
 
     def buffered_bytes(self) -> int:
         return self._out_bytes + self.down.waiting_bytes
@@ -266,11 +279,12 @@ class SimLink:
             self.close(CloseCode.AUTH)
 
     def on_closed(self, code: int) -> None:
-        """The peer's close frame (orderly), or a reset (1006)."""
+        """The peer's close frame or its end of TCP (both orderly), or a reset (1006)."""
+        orderly = code != CLOSE_ABNORMAL
         if self.state == "open":
-            self._end(code, orderly=code != 1006)
+            self._end(CLOSE_ABNORMAL if code == END_OF_TCP else code, orderly=orderly)
         elif self.state == "closing":
-            self._end(self.close_code, orderly=code != 1006)
+            self._end(self.close_code, orderly=orderly)
 
     def _end(self, code: int, *, orderly: bool) -> None:
         self.state = "closed"
@@ -282,18 +296,20 @@ class SimLink:
         self._ack_slot = -1
         self._out.clear()
         self._out_bytes = 0
-        hub.loop.call_soon(self._tell, code, orderly)
+        self.close_code = code
+        self._orderly = orderly
+        hub._gone.append(self)
+        hub.wake()
 
-    def finish(self, code: int, *, orderly: bool) -> None:
+    def finish(self) -> None:
+        """The peer took too long over the closing handshake."""
         self.down.cut()
-        self._end(code, orderly=orderly)
+        self._end(self.close_code, orderly=False)
 
-    def _tell(self, code: int, orderly: bool) -> None:
-        if self.owner is not None:
-            try:
-                self.owner.on_closed(code, orderly)
-            except Exception as error:
-                self.hub.on_fatal(error)
+    def tell(self) -> None:
+        owner, self.owner = self.owner, None  # type: ignore[assignment]
+        if owner is not None:
+            owner.on_closed(self.close_code, self._orderly)
 
 
 class Network:
@@ -304,6 +320,8 @@ class Network:
         self.rng = rng
         self.hub: SimHub | None = None
         """Of the process that listens now."""
+        self.extra_s = 0.0
+        """Packets take up to so much longer."""
         self.wires: dict[tuple[str, str], Wire] = {}
         """The newest connection of each device."""
         self._open: list[Wire] = []
@@ -311,7 +329,12 @@ class Network:
 
     def latency(self, rtt_s: float) -> Callable[[], float]:
         rng = self.rng
-        return lambda: rtt_s * (0.3 + rng.random() * (4.0 if rng.random() < 0.05 else 0.4))
+
+        def one_way_s() -> float:
+            spread = 4.0 if rng.random() < 0.05 else 0.4
+            return rtt_s * (0.3 + rng.random() * spread) + self.extra_s * rng.random()
+
+        return one_way_s
 
     def dial(self, who: tuple[str, str], client: End, rtt_s: float) -> Wire | None:
         """None: nobody listens."""
@@ -325,11 +348,14 @@ class Network:
         self._open.append(wire)
         return wire
 
-    def process_died(self, hub: SimHub) -> None:
-        """The kernel resets the sockets of a killed process."""
+    def process_died(self, hub: SimHub, *, silently: bool) -> None:
+        """The kernel resets the sockets of a killed process; a machine without power says nothing."""
         for wire in self._open:
             if wire.hub is hub:
-                wire.down.cut()
+                if silently:
+                    wire.down.lose_silently()
+                else:
+                    wire.down.cut()
                 wire.up.lose_silently()
         if self.hub is hub:
             self.hub = None

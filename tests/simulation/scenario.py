@@ -23,8 +23,8 @@ class DevicePlan:
     acks: bool = True
     offline: list[tuple[float, float]] = field(default_factory=list)
     returns: bool = True
-    registers: bool = True
-    """False: it was never seen before its first connection in the middle of the run."""
+    acks_single: bool = False
+    """It acknowledges messages one by one (ACKS), as they are stored."""
     slow_s: float = 0.0
     """It takes this long to read each packet."""
     rtt_s: float = 0.02
@@ -92,6 +92,10 @@ FAULTS: Final = (
     ("disk_full", 2),
     ("slow_disk", 2),
     ("stop", 1),
+    ("bus_away", 2),
+    ("presence_away", 2),
+    ("jitter", 2),
+    ("clock_jump", 1),
 )
 
 
@@ -113,10 +117,17 @@ def draw(seed: int) -> Plan:
         plan.devices.append(
             DevicePlan("gone", "d0", offline=[(rng.uniform(WARM_UP_S, 6.0), 1e9)], returns=False)
         )
+    if rng.random() < 0.25:
+        # A second device that nobody has seen before it connects in the middle.
+        plan.devices.append(DevicePlan(rng.choice(names), "new", offline=[(0.0, rng.uniform(3.0, 10.0))]))
+    if rng.random() < 0.15:
+        # A user whom nobody has ever seen until then: clients may not write to him, services may.
+        plan.devices.append(DevicePlan("fresh", "d0", offline=[(0.0, rng.uniform(3.0, 10.0))]))
     for device in plan.devices:
         if device.user in names and rng.random() < 0.4:
             at = rng.uniform(2.0, plan.end_s - 3.0)
             device.offline.append((at, at + rng.choice((0.5, 3.0, 8.0, plan.end_s))))
+        device.acks_single = rng.random() < 0.3
         if rng.random() < 0.1:
             device.slow_s = rng.choice((0.01, 0.1))
     everybody = plan.users()

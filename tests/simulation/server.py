@@ -7,18 +7,28 @@ Whatever an earlier start left behind is on the disk it is given, and nowhere el
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from fastim._core.acks import AckTable
+from fastim._core.wheel import Wheel
+from fastim.auth import Identity, Scope
 from fastim.bus.base import DISPATCH_GROUP, NODE_GROUP, SUBMIT, UNDELIVERED, Outgoing, inbox_topic
 from fastim.bus.records import Reply, Submit, decode_inbox, encode
 from fastim.dispatch.ledger import audit
 from fastim.dispatch.service import Dispatch
-from fastim.errors import BusUnavailable, FastimError, StoreUnavailable
-from fastim.model import Kind
-from fastim.protocol import SendItem
+from fastim.errors import BusUnavailable, FastimError, PeerError, StoreUnavailable
+from fastim.model import MAX_SAFE_INT, Kind
+from fastim.node.link import CLOSE_ABORT_MS
+from fastim.node.service import Node, encode_error
+from fastim.protocol import CloseCode, SendItem
+from fastim.store.sqlite import SqliteStore, files
 from tests.simulation.checkers import Facts, Submission
-from tests.simulation.disk import Disk
+from tests.simulation.disk import Disk, ram_directory
 from tests.simulation.faults import FlakyBus, FlakyPresence
 from tests.simulation.network import SimHub
 
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NODE: Final = "n1"
 API_GROUP: Final = "api"
+DRAIN_MS: Final = 1_000
 
 
 class Server:
@@ -103,6 +114,15 @@ class Server:
 
     async def breath(self) -> None:
         await self.world.breath()
+
+    async def run_inline(self, work: Callable[[], T]) -> T:
+        """Where the store has a thread: the work itself cannot be interrupted, the process can, around it."""
+        await self.breath()
+        if self.disk_delay_s:
+            await asyncio.sleep(self.disk_delay_s)
+        result = work()
+        await self.breath()
+        return result
 
     def stop(self, done: Any) -> None:
         if self.ready and not self._stopping:
@@ -248,12 +268,25 @@ def _answer(future: asyncio.Future[T], value: T) -> None:
 # --------------------------------------------------------------------------- how the real parts are opened
 
 
-async def open_store(server: Server) -> Any:
-    raise NotImplementedError
+async def open_store(server: Server) -> SqliteStore:
+    return await SqliteStore.open(server.disk.directory, runner=server.run_inline, vfs=server.disk.vfs)
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    """A database with the schema in it: migrations have tests of their own."""
+    directory = Path(ram_directory())
+    try:
+        db = files.open_writer(directory, "", "OFF")
+        files.migrate(db)
+        db.close()
+        return (directory / files.DATABASE).read_bytes()
+    finally:
+        shutil.rmtree(directory)
 
 
 def prepare_disk(directory: str) -> None:
-    raise NotImplementedError
+    (Path(directory) / files.DATABASE).write_bytes(_empty_store())
 
 
 async def make_groups(store: Any, world: World) -> None:
@@ -263,8 +296,52 @@ async def make_groups(store: Any, world: World) -> None:
 
 
 async def start_node(server: Server) -> None:
-    raise NotImplementedError
+    """What the app does: the node first, then the listener."""
+    world = server.world
+    assert server.bus is not None
+    assert server.presence is not None
+    acks, wheel = AckTable(), Wheel()
+    server.hub = SimHub(server.loop, world.clock, acks, wheel, encode_error)
+    server.node = Node(
+        NODE,
+        server.boot,
+        store=server.store,
+        bus=server.bus,
+        presence=server.presence,
+        hub=server.hub,
+        acks=acks,
+        wheel=wheel,
+        verify=identity_of,
+        clock=world.clock,
+        rng=server.rng,
+        on_fatal=server.on_fatal,
+    )
+    await server.node.start()
+    world.network.hub = server.hub
 
 
 async def stop_node(server: Server) -> None:
-    raise NotImplementedError
+    """Drain: GOAWAY, no new sockets, 1012 to the old ones spread over the window, then the node itself."""
+    node, hub = server.node, server.hub
+    assert hub is not None
+    node.go_away(DRAIN_MS, "restart")
+    server.world.network.hub = None
+    links = hub.links()
+    for link in links:
+        await asyncio.sleep(DRAIN_MS / 1000 / len(links))
+        link.close(CloseCode.RESTART, "going away")
+    deadline_ms = hub.now_ms() + 2 * CLOSE_ABORT_MS
+    while hub.links() and hub.now_ms() < deadline_ms:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    for link in hub.links():
+        link.abort()
+    await asyncio.sleep(0)
+    await node.stop()
+
+
+def identity_of(token: str) -> Identity:
+    """The simulation's issuer: "token <user>"."""
+    word, _, user = token.partition(" ")
+    if word != "token" or not user:
+        raise PeerError("unauthenticated", "the token is not valid")
+    return Identity(user, frozenset({Scope.CLIENT}), MAX_SAFE_INT, "simulation", token)

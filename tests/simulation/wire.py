@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from tests.simulation.loop import SimLoop
+
+END_OF_TCP: Final = 0
+"""In place of a close code: the other end's kernel said goodbye, the program did not."""
 
 
 class End(Protocol):

@@ -66,6 +66,8 @@ class World:
         self.trace: list[str] = []
         self.figures: Counter[str] = Counter()
         self.groups_made = False
+        self.wall_jumped = False
+        self.furthest_jump_ms = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self._trap: tuple[int, str] | None = None
         self._disk_count = 0
@@ -117,7 +119,7 @@ class World:
         else:
             server.disk.copy(self.directory)
         if server.hub is not None:
-            self.network.process_died(server.hub)
+            self.network.process_died(server.hub, silently=power and self.rng.random() < 0.3)
         server.lost()
         self.buried.append(server)
         self.outside.call_later(RESTART_S, self.start_server)
@@ -221,6 +223,19 @@ class World:
             server.disk_delay_s = 0.3
             self._later(fault.for_s, setattr, server, "disk_delay_s", 0.0)
 
+    def fault_jitter(self, fault: FaultPlan) -> None:
+        """Packets take up to 2 s longer, each connection by itself: what was sent later arrives earlier."""
+        self.network.extra_s = 2.0
+        self._later(fault.for_s, setattr, self.network, "extra_s", 0.0)
+
+    def fault_clock_jump(self, fault: FaultPlan) -> None:
+        """The wall clock of everybody jumps; the monotonic one does not."""
+        hour_ms = 3_600_000
+        year_ms = 365 * 24 * hour_ms
+        self.clock.jump_ms += (hour_ms, -hour_ms, 10 * year_ms, -10 * year_ms)[fault.number % 4]
+        self.furthest_jump_ms = max(self.furthest_jump_ms, self.clock.jump_ms)
+        self.wall_jumped = True
+
     def fault_stop(self, fault: FaultPlan) -> None:
         """SIGTERM: an orderly stop, then a new start on the same disk."""
         server = self.server
@@ -282,6 +297,8 @@ class World:
 
     async def main(self) -> None:
         self.start_server()
+        while self.server is None or not self.server.ready:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         for plan in self.plan.devices:
             self.devices[plan.user, plan.device] = Device(self, plan)
         for device in self.devices.values():
@@ -298,6 +315,10 @@ class World:
         """The faults stop: everything that returns, returns."""
         self.say("calm")
         self._trap = None
+        self.network.extra_s = 0.0
+        # A due row that was written by a clock that ran ahead waits for its moment: P18 promises ids, seqs
+        # and sweeps, not that rows follow a clock that goes back. So it ends where it was furthest.
+        self.clock.jump_ms = self.furthest_jump_ms
         for wire in self.network.wires.values():
             wire.stall(False)
         if self.server is not None:
@@ -345,6 +366,7 @@ class World:
         facts.devices = [device.log for device in self.devices.values()]
         facts.unsettled = self.why_not_at_rest
         facts.wall_end_ms = self.clock.wall_ms()
+        facts.wall_jumped = self.wall_jumped
         self.server.collect(facts)
         return facts
 
