@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import logging
 import os
 import resource
 import socket
@@ -26,6 +27,12 @@ from fastim.node import tls
 from fastim.node.server import dev_certificate, make_server_context, reload_certificate
 from fastim.protocol import Ping, Pong, Probe, decode, encode
 from tests.unit.conn_world import AUTH, PATIENCE_S, REQUEST, Client, World, until, ws
+
+
+@pytest.fixture(autouse=True)
+def no_debug_records(caplog: pytest.LogCaptureFixture) -> None:
+    """aiofastnet logs its transports; a record kept until the teardown would keep the world of a test."""
+    caplog.set_level(logging.WARNING)
 
 
 def write_pair(directory: Path, name: str, *, kind: str = "ec") -> tuple[Path, Path]:
