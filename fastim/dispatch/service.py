@@ -20,7 +20,7 @@ from fastim.dispatch.push import PushLoop
 from fastim.dispatch.router import Router
 from fastim.dispatch.settled import SettledMark
 from fastim.dispatch.worker import SubmitWorker
-from fastim.errors import UsageError
+from fastim.errors import InternalError, UsageError
 from fastim.model import DEFAULT_KINDS, KindRule
 from fastim.presence.base import PresenceStore
 from fastim.push.base import PushVendor
@@ -116,6 +116,8 @@ class Dispatch:
     async def _guard(self, work: Coroutine[None, None, None]) -> None:
         try:
             await work
+            if not self.patience.stopping:
+                raise InternalError("a task of dispatch ended by itself")
         except Exception as error:
             # Whatever it died of: nobody would take its work up again.
             if self._failed is None:

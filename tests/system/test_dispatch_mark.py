@@ -335,6 +335,18 @@ async def test_a_task_that_dies_is_told_once_and_ends_readiness(tmp_path: Path) 
         w.fatal.clear()
 
 
+async def test_a_task_that_ends_by_itself_is_a_fault(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        await w.close_intakes()
+        running = Running(w, RecordingVendor())
+        await running.dispatch.start()
+        await w.bus.delete(SUBMIT)
+        await running.until(lambda: bool(w.fatal))
+        assert not running.dispatch.ready
+        await running.dispatch.stop()
+        w.fatal.clear()
+
+
 async def test_a_store_that_is_away_for_a_while_ends_no_task(tmp_path: Path) -> None:
     vendor = RecordingVendor()
     async with world(tmp_path) as w:
@@ -342,7 +354,7 @@ async def test_a_store_that_is_away_for_a_while_ends_no_task(tmp_path: Path) -> 
         await w.known("alice", "bob")
         running = Running(w, vendor)
         await running.dispatch.start()
-        for call in ("next_due_ms", "next_push_ms", "settle", "park", "finish_push"):
+        for call in ("next_due_ms", "next_push_ms", "settle", "park"):
             w.faults.failing[call] = 2
         await w.send(CONV, "alice", item(1))
         await running.until(lambda: bool(vendor.accepted) and not any(w.faults.failing.values()))
