@@ -1,5 +1,7 @@
 -- Names become small integers once, so that every index entry below is a few bytes (docs/adr/0020).
--- `pair` is (person << 32) | conv, in `cursor` (device << 32) | conv: one integer key, one seek.
+-- One integer key, one seek: `pair` is (person << 32) | conv, so a person's rows lie together; `seat` is
+-- (conv << 32) | person and `spot` (conv << 32) | device, so that the acks of one message by all members of a
+-- group touch few pages.
 
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 -- settled    msg_id up to which every obligation has a fate row or a due row
@@ -58,12 +60,12 @@ CREATE INDEX message_mention ON message (conv, seq) WHERE mentions IS NOT NULL;
 CREATE INDEX message_recalled ON message (conv, seq) WHERE recalled;
 
 -- Up to which seq a device has settled everything.
-CREATE TABLE cursor (pair INTEGER PRIMARY KEY, seq INTEGER NOT NULL);
+CREATE TABLE cursor (spot INTEGER PRIMARY KEY, seq INTEGER NOT NULL);
 
 -- What became of obligations: ranges of at most 1,000 seqs, so that a look-up of one seq reads a bounded
 -- stretch. The same fact written twice is one row. device 0 = none (parked, expired on the way).
 CREATE TABLE fate (
-    pair INTEGER NOT NULL,
+    seat INTEGER NOT NULL,
     to_seq INTEGER NOT NULL,
     fate INTEGER NOT NULL,
     device INTEGER NOT NULL,
@@ -71,7 +73,7 @@ CREATE TABLE fate (
     node TEXT NOT NULL,
     attempt INTEGER NOT NULL,
     ts_ms INTEGER NOT NULL,
-    PRIMARY KEY (pair, to_seq, fate, device, from_seq)
+    PRIMARY KEY (seat, to_seq, fate, device, from_seq)
 ) WITHOUT ROWID;
 
 -- ready_ms: when it may be claimed: due_at_ms, or the end of the claim while holder is not NULL.

@@ -60,69 +60,69 @@ class Duties:
     def _settle(self, flush: Flush) -> tuple[tuple[str, str, Behind], ...]:
         """Cursors and fates; then the due rows of what was touched."""
         names, node, now_ms = self._names, flush.node, flush.now_ms
-        entries: list[tuple[int, int, Settled]] = []
+        convs, owners = names.conv_ids.young, names.owners.young
+        entries: list[tuple[int, int, int, int, Settled]] = []
         fates: list[tuple[Any, ...]] = []
         for one in flush.settled:
-            conv = names.conv_id(one.conv)
-            if not conv or one.to_seq < one.from_seq:
+            user, device, name = one.user, one.device, one.conv
+            conv = convs.get(name) or names.conv_id(name)
+            first, last = one.from_seq, one.to_seq
+            if not conv or last < first:
                 continue
-            person = names.person(one.user)
-            device = names.device(person, one.device) if person else 0
-            if not device:
-                device = names.make_device(names.make_person(one.user), one.device, "", now_ms)
-                person = names.person(one.user)
-            pair = person << 32 | conv
-            entries.append((device << 32 | conv, pair, one))
+            owner = owners.get((user, device)) or names.owner(user, device, now_ms)
+            person, device_id = owner
+            entries.append((conv << 32 | device_id, person << 32 | conv, first, last, one))
             if not one.own:
-                fates.append((pair, one.to_seq, one.fate, device, one.from_seq, node, one.attempt, now_ms))
+                fates.append(
+                    (conv << 32 | person, last, one.fate, device_id, first, node, one.attempt, now_ms)
+                )
         if not entries:
             return ()
         moved, gaps = self._move_cursors(entries)
         add_fates(self._sql, fates)
-        self._after_settling({pair for _, pair, _ in entries}, moved, flush)
+        self._after_settling({entry[1] for entry in entries}, moved, flush)
         return gaps
 
     def _move_cursors(
-        self, entries: list[tuple[int, int, Settled]]
+        self, entries: list[tuple[int, int, int, int, Settled]]
     ) -> tuple[set[int], tuple[tuple[str, str, Behind], ...]]:
         """Returns the pairs whose cursor moved, and the gaps."""
-        keys = list(dict.fromkeys([key for key, _, _ in entries]))
+        keys = list(dict.fromkeys([entry[0] for entry in entries]))
         cursors = dict(zip(keys, self._cursors(keys), strict=True))
         before = cursors.copy()
         moved: set[int] = set()
-        late: list[tuple[int, int, Settled]] = []
+        late: list[tuple[int, int, int, int, Settled]] = []
         for entry in entries:
-            key, pair, one = entry
+            key, pair, first, last, _ = entry
             cursor = cursors[key]
-            if one.from_seq - 1 > cursor:
+            if first - 1 > cursor:
                 late.append(entry)
-            elif one.to_seq > cursor:
-                cursors[key] = one.to_seq
+            elif last > cursor:
+                cursors[key] = last
                 moved.add(pair)
         gaps: dict[int, Settled] = {}
         if late:
             # Acks may be drained out of order: in seq order they may turn out to have no hole.
-            late.sort(key=lambda entry: entry[2].from_seq)
-            for key, pair, one in late:
-                cursor = cursors[key]
-                if one.from_seq - 1 > cursor:
+            late.sort(key=lambda entry: entry[2])
+            for key, pair, first, last, one in late:
+                if first - 1 > cursors[key]:
                     gaps[key] = one
-                elif one.to_seq > cursor:
-                    cursors[key] = one.to_seq
+                elif last > cursors[key]:
+                    cursors[key] = last
                     moved.add(pair)
         self._sql.many(
             "INSERT OR REPLACE INTO cursor VALUES (?, ?)",
             [item for item in cursors.items() if item[1] != before[item[0]]],
         )
         return moved, tuple(
-            (one.user, one.device, self._behind(one.conv, key & LOW, cursors[key]))
+            (one.user, one.device, self._behind(one.conv, key >> 32, cursors[key]))
             for key, one in gaps.items()
         )
 
     def _cursors(self, keys: list[int]) -> list[int]:
         """One row whatever their number: each row costs a change of the thread that holds the interpreter."""
         found = self._sql.value(
-            "SELECT json_group_array(coalesce(seq, 0)) FROM carray(?) LEFT JOIN cursor ON pair = value",
+            "SELECT json_group_array(coalesce(seq, 0)) FROM carray(?) LEFT JOIN cursor ON spot = value",
             (apsw.carray(array("q", keys)),),
         )
         cursors: list[int] = json.loads(found)
@@ -156,7 +156,10 @@ class Duties:
         if seqs:
             add_fates(
                 self._sql,
-                [(pair, last, _EXPIRED, 0, first, node, attempt, now_ms) for first, last in runs(seqs)],
+                [
+                    (_seat(pair), last, _EXPIRED, 0, first, node, attempt, now_ms)
+                    for first, last in runs(seqs)
+                ],
             )
 
     def _request(self, request: DueRequest, flush: Flush) -> None:
@@ -232,7 +235,8 @@ class Duties:
         found = list(owed(sql, self._names, pair, now_ms, from_seq, park.to_seq))
         fresh = [one.seq for one in found if not one.expired and not one.parked]
         add_fates(
-            sql, [(pair, last, _PARKED, 0, first, "", park.attempt, now_ms) for first, last in runs(fresh)]
+            sql,
+            [(_seat(pair), last, _PARKED, 0, first, "", park.attempt, now_ms) for first, last in runs(fresh)],
         )
         self._expire(pair, [one.seq for one in found if one.expired], now_ms, "", park.attempt)
         if due is not None:
@@ -254,3 +258,7 @@ class Duties:
         """0 if either was never stored."""
         person, conv_id = self._names.person(user), self._names.conv_id(conv)
         return person << 32 | conv_id if person and conv_id else 0
+
+
+def _seat(pair: int) -> int:
+    return (pair & LOW) << 32 | pair >> 32

@@ -43,8 +43,7 @@ def furthest(sql: Sql, person: int, conv: int) -> int:
     """The furthest cursor of the user's devices."""
     return int(
         sql.value(
-            "SELECT max(seq) FROM device JOIN cursor ON pair = (id << 32) | ? WHERE person = ?",
-            (conv, person),
+            "SELECT max(seq) FROM device JOIN cursor ON spot = ? | id WHERE person = ?", (conv << 32, person)
         )
         or 0
     )
@@ -84,15 +83,15 @@ def runs(seqs: Iterable[int]) -> list[Range]:
 
 
 def add_fates(sql: Sql, rows: Iterable[Sequence[Any]]) -> None:
-    """rows: (pair, to_seq, fate, device, from_seq, node, attempt, ts_ms). Written twice is written once."""
+    """rows: (seat, to_seq, fate, device, from_seq, node, attempt, ts_ms). Written twice is written once."""
     ready: list[Sequence[Any]] = []
     for row in rows:
         if row[1] - row[4] < SPAN:
             ready.append(row)
             continue
-        pair, to_seq, fate, device, from_seq, *rest = row
+        seat, to_seq, fate, device, from_seq, *rest = row
         for first in range(from_seq, to_seq + 1, SPAN):
-            ready.append((pair, min(first + SPAN - 1, to_seq), fate, device, first, *rest))
+            ready.append((seat, min(first + SPAN - 1, to_seq), fate, device, first, *rest))
     sql.many("INSERT OR IGNORE INTO fate VALUES (?, ?, ?, ?, ?, ?, ?, ?)", ready)
 
 
@@ -105,7 +104,7 @@ def owed(
     closed: list[Range] = []
     parked: list[Range] = []
     for first, last, fate in sql.rows(
-        "SELECT from_seq, to_seq, fate FROM fate WHERE pair = ? AND to_seq > ?", (pair, floor)
+        "SELECT from_seq, to_seq, fate FROM fate WHERE seat = ? AND to_seq > ?", (conv << 32 | person, floor)
     ):
         (parked if fate == _PARKED else closed).append((first, last))
     closed, parked = merged(closed), merged(parked)

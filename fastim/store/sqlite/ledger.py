@@ -22,18 +22,19 @@ class _Claims:
     """What is recorded about one (user, conv) between two seqs."""
 
     def __init__(self, sql: Sql, names: Names, person: int, conv: int, first: int, last: int) -> None:
-        pair = person << 32 | conv
         self.spans: tuple[Span, ...] = spans_of(sql, names, person, conv)
         self.fates: list[Any] = [
             row
             for row in sql.rows(
                 "SELECT from_seq, to_seq, fate, device, node, attempt, ts_ms FROM fate"
-                " WHERE pair = ? AND to_seq >= ? AND to_seq < ?",
-                (pair, first, last + SPAN),
+                " WHERE seat = ? AND to_seq >= ? AND to_seq < ?",
+                (conv << 32 | person, first, last + SPAN),
             )
             if row[0] <= last
         ]
-        self.due: Any = sql.row("SELECT from_seq, due_at_ms, attempt FROM due WHERE pair = ?", (pair,))
+        self.due: Any = sql.row(
+            "SELECT from_seq, due_at_ms, attempt FROM due WHERE pair = ?", (person << 32 | conv,)
+        )
 
     def sees(self, seq: int) -> bool:
         return any(span.first <= seq <= span.last for span in self.spans)
@@ -160,9 +161,9 @@ class Ledger:
             cursors += [
                 (user, device, cursor)
                 for device, cursor in sql.rows(
-                    "SELECT name, coalesce(seq, 0) FROM device LEFT JOIN cursor ON pair = (id << 32) | ?"
+                    "SELECT name, coalesce(seq, 0) FROM device LEFT JOIN cursor ON spot = ? | id"
                     " WHERE person = ? ORDER BY name",
-                    (conv, person),
+                    (conv << 32, person),
                 )
             ]
         fates.sort(key=lambda row: row.ts_ms)

@@ -59,7 +59,7 @@ class Lists:
         in_tail = {entry.conv for entry in changed}
         rows = sql.rows(
             "SELECT version, u.pair & 0xFFFFFFFF, head, coalesce(c.seq, 0) FROM user_conv u"
-            " LEFT JOIN cursor c ON c.pair = (? << 32) | (u.pair & 0xFFFFFFFF)"
+            " LEFT JOIN cursor c ON c.spot = (u.pair & 0xFFFFFFFF) << 32 | ?"
             " WHERE person = ? AND version > ? AND head > coalesce(c.seq, 0) ORDER BY version LIMIT ?",
             (device_id, person, since, limit + 1 + len(in_tail)),
         )
@@ -108,7 +108,7 @@ class Lists:
         return Behind(conv, self._cursor(device_id, conv_id), self._rows.head(conv_id), names.epoch(conv_id))
 
     def _cursor(self, device: int, conv: int) -> int:
-        return int(self._sql.value("SELECT seq FROM cursor WHERE pair = ?", (device << 32 | conv,)) or 0)
+        return int(self._sql.value("SELECT seq FROM cursor WHERE spot = ?", (conv << 32 | device,)) or 0)
 
     def _state(self, user: str, person: int, device: int, conv: int, version: int, now_ms: int) -> ConvState:
         sql, names = self._sql, self._names

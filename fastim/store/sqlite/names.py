@@ -113,6 +113,9 @@ class Names:
         self._persons: Cache[str, int] = Cache(CACHED_NAMES)
         self._person_names: Cache[int, str] = Cache(CACHED_NAMES)
         self._devices: Cache[tuple[int, str], int] = Cache(CACHED_NAMES)
+        self.owners: Cache[tuple[str, str], tuple[int, int]] = Cache(CACHED_NAMES)
+        """(user, device) -> their ids, for callers that cannot pay a method call"""
+        self.conv_ids: Cache[str, int] = Cache(CACHED_NAMES)
         self.convs: Cache[str, Conv] = Cache(CACHED_CONVS)
         self._conv_names: Cache[int, str] = Cache(CACHED_NAMES)
         self._fresh = 0
@@ -153,10 +156,12 @@ class Names:
 
     def conv_id(self, name: str) -> int:
         """Its id, 0 for one that holds nothing."""
-        found = self.convs.get(name)
-        if found is not None:
-            return found.id
-        return int(self._sql.value("SELECT id FROM conv WHERE name = ?", (name,)) or 0)
+        found = self.conv_ids.get(name)
+        if found is None:
+            found = int(self._sql.value("SELECT id FROM conv WHERE name = ?", (name,)) or 0)
+            if found:
+                self.conv_ids.put(name, found)
+        return found
 
     def conv_name(self, conv: int) -> str:
         found = self._conv_names.get(conv)
@@ -217,6 +222,15 @@ class Names:
             self._fresh += 1
         return found
 
+    def owner(self, user: str, device: str, now_ms: int) -> tuple[int, int]:
+        """The ids of a device and its user, registered if need be."""
+        found = self.owners.get((user, device))
+        if found is None:
+            person = self.make_person(user)
+            found = (person, self.make_device(person, device, "", now_ms))
+            self.owners.put((user, device), found)
+        return found
+
     def conv(self, name: str) -> Conv | None:
         """The conversation as the writer uses it, None if it holds nothing."""
         found = self.convs.get(name)
@@ -273,5 +287,8 @@ class Names:
             self._fresh = fresh
 
     def forget(self) -> None:
-        for cache in (self._persons, self._person_names, self._devices, self.convs, self._conv_names):
+        for cache in (
+            self._persons, self._person_names, self._devices, self.owners,
+            self.convs, self.conv_ids, self._conv_names,
+        ):  # fmt: skip
             cache.clear()

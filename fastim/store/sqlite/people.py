@@ -64,9 +64,10 @@ class Groups:
 class Devices:
     """Who has which devices."""
 
-    def __init__(self, sql: Sql, names: Names) -> None:
+    def __init__(self, sql: Sql, names: Names, tail: Tail) -> None:
         self._sql = sql
         self._names = names
+        self._tail = tail
 
     def of(self, user: str) -> list[Device]:
         rows = self._sql.rows(
@@ -88,17 +89,20 @@ class Devices:
             )
         else:
             new = names.make_device(person, device, device_class, now_ms)
-            sql.run(
-                "INSERT INTO cursor SELECT (? << 32) | (pair & ?2), max(seq) FROM device JOIN cursor"
-                " ON pair BETWEEN id << 32 AND (id << 32) | ?2 WHERE person = ?3 AND id <> ?1"
-                " GROUP BY pair & ?2",
-                (new, LOW, person),
+            sql.many(
+                "INSERT INTO cursor SELECT ?1 << 32 | ?2, max(seq) FROM device JOIN cursor"
+                " ON spot = ?1 << 32 | id WHERE person = ?3 AND id <> ?2 HAVING max(seq) > 0",
+                [(conv, new, person) for conv in self._convs(person)],
             )
         row = sql.row(
             "SELECT class, first_seen_ms, last_seen_ms FROM device WHERE person = ? AND name = ?",
             (person, device),
         )
         return Device(user, device, *row)
+
+    def _convs(self, person: int) -> set[int]:
+        rows = self._sql.rows("SELECT pair & ? FROM user_conv WHERE person = ?", (LOW, person))
+        return self._tail.inside(person, self._sql).union(conv for (conv,) in rows)
 
 
 class Nodes:

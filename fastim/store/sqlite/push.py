@@ -135,7 +135,8 @@ class PushBox:
         floor = furthest(sql, person, conv)
         closed = merged(
             sql.rows(
-                "SELECT from_seq, to_seq FROM fate WHERE pair = ? AND to_seq > ? AND fate <> 5", (pair, floor)
+                "SELECT from_seq, to_seq FROM fate WHERE seat = ? AND to_seq > ? AND fate <> 5",
+                (conv << 32 | person, floor),
             )
         )
         spans = spans_of(sql, names, person, conv)

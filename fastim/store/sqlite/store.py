@@ -39,7 +39,7 @@ class Reader:
         self.rows = Rows(sql, names)
         self.lists = Lists(sql, names, tail)
         self.ledger = Ledger(sql, names)
-        self.devices = Devices(sql, names)
+        self.devices = Devices(sql, names, tail)
         self.nodes = Nodes(sql)
 
     def snapshot(self, work: Callable[[], T]) -> T:

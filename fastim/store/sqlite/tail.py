@@ -28,9 +28,9 @@ from fastim.store.sqlite.files import Sql
 from fastim.store.sqlite.names import Conv, Names
 from fastim.store.sqlite.unread import count_own, refresh_base
 
-PROJECT_MESSAGES: Final = 20_000
+PROJECT_MESSAGES: Final = 50_000
 """A round begins when so many messages are not projected: what a start has to scan."""
-PROJECT_CONVS: Final = 8_192
+PROJECT_CONVS: Final = 16_384
 """Or so many conversations: the memory of the tail."""
 SLICE_ROWS: Final = 512
 """Rows of user_conv that one transaction takes along, a few ms."""
@@ -69,7 +69,7 @@ class Tail:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pending: list[tuple[Conv, int, int, int, int]] = []
+        self._pending: list[tuple[Conv, int, int, int, int, int, int]] = []
         self.dirty: dict[int, Dirty] = {}
         self.messages = 0
         self._by_person: dict[int, set[int]] = {}
@@ -85,7 +85,7 @@ class Tail:
 
     def add(self, conv: Conv, before: int, sender: int, version: int, own: int) -> None:
         """One frame was stored above seq `before`; own: how many of its messages count as unread."""
-        self._pending.append((conv, before, sender, version, own))
+        self._pending.append((conv, before, sender, version, own, conv.seq, conv.cseq))
 
     def undo(self, pending: int) -> None:
         del self._pending[pending:]
@@ -95,15 +95,18 @@ class Tail:
         with self._lock:
             for done in projected:
                 self._drop(done)
-            for conv, before, sender, version, own in self._pending:
-                entry = self.dirty.get(conv.id)
+            dirty = self.dirty
+            for conv, before, sender, version, own, seq, cseq in self._pending:
+                entry = dirty.get(conv.id)
                 if entry is None:
                     entry = self._enter(Dirty(conv.id, conv.type == "g", conv.people.values(), before))
-                self.messages += conv.seq - entry.head
-                entry.head, entry.cseq = conv.seq, conv.cseq
+                self.messages += seq - entry.head
+                entry.head = seq
+                entry.cseq = cseq
                 entry.version = version
                 if own:
-                    entry.own[sender] = entry.own.get(sender, 0) + own
+                    counts = entry.own
+                    counts[sender] = counts.get(sender, 0) + own
             self.clock = clock
         self._pending.clear()
 

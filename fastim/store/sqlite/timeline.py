@@ -95,21 +95,24 @@ class Timeline:
         return result
 
     def _append(self, frames: Sequence[AppendFrame], now_ms: int, trust: bool) -> list[AppendedFrame]:
-        tail = self._tail
+        tail, touched, known = self._tail, self._touched, self._names.convs.young
         last = self._minter.advance(now_ms)
         results = []
         for frame in frames:
-            conv, status = self._admit(frame)
-            if status is not None:
-                results.append(self._refuse(frame, conv, status))
-                continue
-            assert conv is not None
-            sender = conv.people.get(frame.sender)
+            conv = known.get(frame.conv)
+            sender = conv.people.get(frame.sender) if conv is not None and conv.known else None
             if sender is None:
-                sender = self._names.make_person(frame.sender)
+                conv, status = self._admit(frame)
+                if status is not None:
+                    results.append(self._refuse(frame, conv, status))
+                    continue
+                known = self._names.convs.young
+                assert conv is not None
+                sender = conv.people.get(frame.sender) or self._names.make_person(frame.sender)
+            assert conv is not None
             if conv.seq < 0:
                 self._load_head(conv)
-            self._touched.append(conv)
+            touched.append(conv)
             seq, cseq = conv.seq, conv.cseq
             items: list[Appended] = []
             if trust:

@@ -131,7 +131,7 @@ class Writer:
         self.duties = Duties(sql, names, self.push)
         self.ledger = Ledger(sql, names)
         self.groups = Groups(sql, names, self.minter, tail)
-        self.devices = Devices(sql, names)
+        self.devices = Devices(sql, names, tail)
         self.nodes = Nodes(sql)
         self._projector = Projector(sql, tail)
         self.next_due_ms = self.duties.next_due_ms()
