@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 REGISTRY: Final = CollectorRegistry(auto_describe=True)
 
 _FINE: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def _counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -73,7 +74,9 @@ class Tally(Collector):
 # Flows of obligations (message, user). Their sums agree with `fastim audit` in a run without kills.
 OBLIGATIONS_CREATED = _counter("obligations_created", "Obligations (message, user) that append created")
 OBLIGATIONS_MOVED = _counter(
-    "obligations_moved", "Obligations moved to a fate: acked parked expired recalled undeliverable", ["fate"]
+    "obligations_moved",
+    "Obligations moved to a fate, as far as one process sees: acked expired; once per device of a user",
+    ["fate"],
 )
 
 # The access node's sockets.
@@ -106,6 +109,7 @@ SESSIONS = _gauge("sessions", "Sessions, connected or waiting to be resumed")
 SESSIONS_OPENED = _counter("sessions_opened", "Sessions by how they began: new hot cold", ["how"])
 KICKS = _counter("kicks", "Connections closed by policy", ["reason"])
 EVICTIONS = _counter("evictions", "Connections closed by the node: idle half_open slow", ["reason"])
+ACKS = _counter("acks", "Messages acknowledged, once per device")
 PROBES = _counter("probes", "Probes sent because an ack was late")
 UNDELIVERED = _counter("undelivered", "Conversations reported undelivered, by reason", ["reason"])
 BEHIND = _counter("behind", "Conversations put into pull mode, by reason", ["reason"])
@@ -115,6 +119,8 @@ FLUSH_SECONDS = _histogram("flush_seconds", "Duration of a node's flush of curso
 # Dispatch and push.
 SUBMITTED = _counter("submitted", "Messages offered to the submit queue, by way in", ["way"])
 APPENDED = _counter("appended", "What append did with messages", ["status"])
+STORE_BATCH = _histogram("store_batch_frames", "Frames in one append commit", _SIZES)
+APPEND_SECONDS = _histogram("append_seconds", "Duration of one append commit", _FINE)
 NUDGES = _counter("nudges", "Nudges sent to nodes")
 PARKS = _counter("parks", "(user, conversation) pairs parked")
 PUSHES = _counter(

@@ -19,25 +19,25 @@ class _Grows(Protocol):
     def inc(self, amount: float = 1) -> None: ...
 
 
-_NODE: Final[Mapping[str, _Grows]] = {
-    "acked": observe.OBLIGATIONS_MOVED.labels("acked"),
-    "expired": observe.OBLIGATIONS_MOVED.labels("expired"),
-    "probes": observe.PROBES,
-    "submitted": observe.SUBMITTED.labels("ws"),
+_NODE: Final[Mapping[str, tuple[_Grows, ...]]] = {
+    "acked": (observe.ACKS, observe.OBLIGATIONS_MOVED.labels("acked")),
+    "expired": (observe.OBLIGATIONS_MOVED.labels("expired"),),
+    "probes": (observe.PROBES,),
+    "submitted": (observe.SUBMITTED.labels("ws"),),
 }
-_DISPATCH: Final[Mapping[str, _Grows]] = {
-    "created": observe.OBLIGATIONS_CREATED,
-    "stored": observe.APPENDED.labels("stored"),
-    "repeated": observe.APPENDED.labels("repeated"),
-    "nudges": observe.NUDGES,
-    "parked": observe.PARKS,
-    "push_ok": observe.PUSHES.labels("ok"),
-    "push_gone": observe.PUSHES.labels("gone"),
-    "push_retry": observe.PUSHES.labels("retry"),
-    "push_gave_up": observe.PUSHES.labels("gave_up"),
-    "push_expired": observe.PUSHES.labels("expired"),
-    "push_no_vendor": observe.PUSHES.labels("no_vendor"),
-    "push_silent": observe.PUSHES.labels("silent"),
+_DISPATCH: Final[Mapping[str, tuple[_Grows, ...]]] = {
+    "created": (observe.OBLIGATIONS_CREATED,),
+    "stored": (observe.APPENDED.labels("stored"),),
+    "repeated": (observe.APPENDED.labels("repeated"),),
+    "nudges": (observe.NUDGES,),
+    "parked": (observe.PARKS,),
+    "push_ok": (observe.PUSHES.labels("ok"),),
+    "push_gone": (observe.PUSHES.labels("gone"),),
+    "push_retry": (observe.PUSHES.labels("retry"),),
+    "push_gave_up": (observe.PUSHES.labels("gave_up"),),
+    "push_expired": (observe.PUSHES.labels("expired"),),
+    "push_no_vendor": (observe.PUSHES.labels("no_vendor"),),
+    "push_silent": (observe.PUSHES.labels("silent"),),
 }
 
 
@@ -63,15 +63,17 @@ class Figures:
             label = "inbox" if topic == self._node.inbox else topic
             observe.BUS_LAG.labels(label).set(await self._bus.lag(topic, group))
 
-    def _take(self, part: str, counts: Mapping[str, int], named: Mapping[str, _Grows]) -> None:
+    def _take(self, part: str, counts: Mapping[str, int], named: Mapping[str, tuple[_Grows, ...]]) -> None:
         for name, count in counts.items():
             grown = count - self._seen.get((part, name), 0)
             if not grown:
                 continue
             self._seen[part, name] = count
+            for metric in named.get(name, ()):
+                metric.inc(grown)
             if name in named:
-                named[name].inc(grown)
-            elif name.startswith("refused."):
+                continue
+            if name.startswith("refused."):
                 observe.APPENDED.labels(name.removeprefix("refused.")).inc(grown)
             else:
                 observe.FLOWS.labels(part, name).inc(grown)

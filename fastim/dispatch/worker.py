@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from fastim import observe
 from fastim.bus.base import Outgoing, Record, inbox_topic
 from fastim.bus.records import MALFORMED, Mark, ReadNotice, Refusal, Reply, Submit, decode_submit, encode
 from fastim.clock import Clock
@@ -215,13 +216,15 @@ class SubmitWorker:
         tried = 0
         while True:
             try:
-                results = await self._store.append(frames, self._clock.wall_ms())
+                with observe.APPEND_SECONDS.time():
+                    results = await self._store.append(frames, self._clock.wall_ms())
             except StoreUnavailable as error:
                 if not error.temporary:
                     raise
                 self._flows.store_failures += 1
             else:
                 self._down_since_mono_ms = None
+                observe.STORE_BATCH.observe(len(frames))
                 return results
             mono_ms = self._clock.mono_ms()
             if self._down_since_mono_ms is None:
