@@ -291,6 +291,14 @@ def test_message_survives_kill_9_and_its_story_is_told(served: Served, tmp_path:
         again.announced()
         repeated = again.send("bob", "keep me too", "alice")
         assert repeated["seq"] == 2
+        asked = run_command(
+            "why", sent["client_id"], "bob", "--url", again.rest, "--data", str(again.data), "--json"
+        )
+        assert [one["user"] for one in json.loads(asked.stdout)["obligations"]] == ["bob"]
+        assert "health ok, ready ready" in run_command("health", "--url", again.rest).stdout
+        assert (
+            "of 7 bytes by alice" in run_command("why", sent["client_id"], "--data", str(again.data)).stdout
+        )
         # Beside the running server.
         report = json.loads(run_command("audit", "--data", str(again.data), "--json").stdout)
         assert report["ok"]
