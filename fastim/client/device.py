@@ -121,7 +121,8 @@ class Device:
         self._acked_tag = self.ticket.tag
         self._ack_due_ms = 0
         self._level_seen = self.ticket.user_cursor
-        self._level_waiting = 0
+        self._level_waiting = -1
+        """A LEVEL that is not stored yet; its cursor is 0 for a user of whom nothing is known."""
         self._behind_beats = 0
         self._asked_convs_ms = 0
         self._convs_req = 0
@@ -225,7 +226,7 @@ class Device:
         self._ack_due_ms = 0
         self._pages.clear()
         self._parked.clear()
-        self._level_waiting = 0
+        self._level_waiting = -1
         self.ordering.lost()
 
     def forget_session(self) -> None:
@@ -587,10 +588,10 @@ class Device:
 
     def drain(self) -> Batch:
         """Everything since the last call; false when there is nothing to store."""
-        if self._level_waiting and self.ordering.level and not self._parked:
+        if self._level_waiting >= 0 and self.ordering.level and not self._parked:
             if self._level_waiting > self.ticket.user_cursor:
                 self._ticket().user_cursor = self._level_waiting
-            self._level_waiting = 0
+            self._level_waiting = -1
             self.level = self.live
         if self.live and self.tags.floor > self.ticket.tag:
             self._ticket().tag = self.tags.floor

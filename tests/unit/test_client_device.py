@@ -732,3 +732,12 @@ def test_what_waited_for_the_app_comes_again_after_a_lost_connection() -> None:
     assert made.shown() == []
     made.turn(msg(1, 1))
     assert made.shown() == [1]
+
+
+def test_level_of_a_user_of_whom_nothing_is_known_is_a_level_too() -> None:
+    made = live()
+    assert not made.device.level
+    made.turn(p.Level(1, 0))
+    assert made.device.level
+    made.device.lost()
+    assert not made.device.level
