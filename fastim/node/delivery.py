@@ -253,10 +253,20 @@ class Delivery:
     def _nudge(self, found: Nudge) -> None:
         for session in self._pool.of_user(found.user).values():
             heard = session.behind.get(found.conv)
+            if heard is None and self._under_way(session, found.conv):
+                # Its acks, or their absence, tell soon enough; a hole below them shows when they are flushed.
+                continue
             if heard is None or heard.paused or session.link is None:
                 session.put_behind(found.conv, 0, CURSOR, dup=True)
                 observe.BEHIND.labels("nudge").inc()
             self._catchup.wake(session)
+
+    def _under_way(self, session: Session, conv: str) -> bool:
+        """O(window)."""
+        if session.link is None:
+            return False
+        parcels = self._acks.items(session.ack_slot)
+        return any(isinstance(item, Parcel) and item.is_msg and item.conv == conv for _, item in parcels)
 
     def _mark(self, found: Mark) -> None:
         frame = encode(ReadMark(found.conv, found.user, found.seq))
