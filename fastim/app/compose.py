@@ -272,7 +272,10 @@ class App:
 
 
 def dispatch_limits(config: Config) -> DispatchLimits:
-    return DispatchLimits(**_named(config.dispatch, DispatchLimits))
+    limits = _named(config.dispatch, DispatchLimits)
+    wanted = config.dispatch.unknown_users
+    limits["refuse_unknown"] = not config.dev if wanted == "auto" else wanted == "refuse"
+    return DispatchLimits(**limits)
 
 
 def node_limits(config: Config) -> NodeLimits:

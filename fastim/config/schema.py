@@ -260,6 +260,10 @@ class DispatchSection(Section):
     stop_ms: int = Field(
         default=10_000, ge=0, le=20_000, description="Longest wait for the batch in hand at a stop."
     )
+    unknown_users: Literal["auto", "refuse", "park"] = Field(
+        default="auto",
+        description="Messages of clients to users nobody has ever seen; auto: refuse, but park with --dev.",
+    )
 
 
 class StoreSection(Section):

@@ -53,4 +53,7 @@ class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """0: notifications never show text."""
 
     stop_ms: int = 10_000
+
+    refuse_unknown: bool = True
+    """Refuse a client's message to a user nobody has ever seen; False: park it, as for services."""
     """The longest stop() waits for the batch in hand."""

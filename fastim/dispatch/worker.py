@@ -168,7 +168,11 @@ class SubmitWorker:
                     countable,
                 )
             )
-        return _Work(submit, _frame(submit, items), [])
+        return _Work(submit, self._frame(submit, items), [])
+
+    def _frame(self, submit: Submit, items: list[AppendItem]) -> AppendFrame:
+        known = self._limits.refuse_unknown and not submit.service
+        return AppendFrame(submit.conv, submit.sender, tuple(items), submit.read_seq, require_known=known)
 
     def _refuse(self, submit: Submit, items: list[AppendItem], error: PeerError) -> _Work:
         """items: the prefix that is all right and goes on."""
@@ -176,7 +180,7 @@ class SubmitWorker:
         refused = [Refusal(bad.client_id, error.code, error.detail, error.retryable, error.retry_after_ms)]
         self._count_refusals(error.code, 1)
         refused += self._not_reached(submit.items[len(items) + 1 :])
-        return _Work(submit, _frame(submit, items) if items else None, refused)
+        return _Work(submit, self._frame(submit, items) if items else None, refused)
 
     def _not_reached(self, items: Sequence[SendItem]) -> list[Refusal]:
         if items:
@@ -323,12 +327,6 @@ class SubmitWorker:
             records += _marks(notice, users, located)
         self._flows.marks += len(records)
         await self._router.publish(records)
-
-
-def _frame(submit: Submit, items: list[AppendItem]) -> AppendFrame:
-    return AppendFrame(
-        submit.conv, submit.sender, tuple(items), submit.read_seq, require_known=not submit.service
-    )
 
 
 def _reply(one: _Work) -> Outgoing:

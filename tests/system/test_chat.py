@@ -124,10 +124,23 @@ def test_mistakes_at_the_prompt_are_told_and_end_nothing(tmp_path: Path) -> None
             alice.hears("! user is 'a b'")
             alice.hears("! a 1:1 conversation needs two users")
             alice.hears("! /dance is no command")
-            alice.says("/open bob", "anybody there?")
-            alice.hears("✗ unknown_user")
             assert alice.leaves() == 0
             assert "Traceback" not in alice.heard
+    finally:
+        server.end()
+
+
+def test_message_to_somebody_who_was_never_here_waits_for_him(tmp_path: Path) -> None:
+    server = Served(tmp_path)
+    try:
+        server.announced()
+        with Person(server, "alice") as alice:
+            alice.says("/open bob", "anybody there?")
+            alice.hears("you: anybody there?")
+            assert alice.leaves() == 0
+        with Person(server, "bob") as bob:
+            assert bob.hears("anybody there?")
+            assert bob.leaves() == 0
     finally:
         server.end()
 
