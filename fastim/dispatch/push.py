@@ -87,6 +87,7 @@ class PushLoop:
         if not next_ms or next_ms > now_ms:
             return False
         rows = await self._store.claim_push(self._holder, now_ms, limits.push_claim_ms, limits.push_batch)
+        now_ms = self._clock.wall_ms()
         loud = [found for row in rows if (found := await self._loud(row, now_ms)) is not None]
         results = await self._send(loud) if loud else []
         retry_at = dict.fromkeys((row.push_id for row in rows), 0)

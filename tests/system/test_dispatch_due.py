@@ -166,6 +166,19 @@ async def test_a_second_undelivered_folds_into_the_row_and_keeps_its_attempts(tm
         assert await nudged(w) == [3]
 
 
+async def test_undelivered_records_of_one_batch_make_one_row_from_the_lowest_seq(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        await w.known("alice", "bob")
+        await w.attach("bob", "n2")
+        await w.exchange(CONV, "alice", item(1), item(2), item(3))
+        await w.undelivered("bob", CONV, 1)
+        await w.undelivered("bob", CONV, 3)
+        await w.fold()
+        await w.leave("bob")
+        await w.fire(w.limits.first_due_ms)
+        assert await w.states() == {"parked": 3}
+
+
 async def test_conversations_of_one_user_fire_on_their_own(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         await undelivered_to_bob(w)
@@ -224,6 +237,7 @@ async def test_presence_away_waits_and_counts_no_attempt(tmp_path: Path) -> None
         w.presence.away = True
         for _ in range(20):
             await w.fire(w.limits.first_due_ms)
+            assert await w.next_due_in_ms() == w.limits.first_due_ms
         assert await w.states() == {"due": 1}
         assert await nudged(w) == []
         w.presence.away = False

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fastim.bus.base import SUBMIT, inbox_topic
+from fastim.bus.base import SUBMIT, Outgoing, inbox_topic
+from fastim.bus.records import Nudge, encode
 from fastim.dispatch.service import Dispatch
 from fastim.errors import StoreUnavailable, UsageError
 from fastim.presence.memory import MemoryPresence
@@ -74,9 +75,20 @@ async def test_what_is_parked_at_once_needs_no_inbox(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         await w.known("alice", "bob")
         reply = await w.exchange(CONV, "alice", item(1))
-        await w.settle_inbox("n1")
         assert await advance(w) == reply.sent[0].msg_id
         assert await w.states() == {"parked": 1}
+
+
+async def test_a_batch_waits_only_for_the_inboxes_that_took_its_own_delivers(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        await pair(w)
+        await w.exchange(CONV, "alice", item(1))
+        await w.ack("bob", CONV, 1, 1)
+        await w.settle_inbox("n2")
+        await advance(w)
+        await w.bus.publish([Outgoing(inbox_topic("n2", 1), "k", encode(Nudge("bob", CONV, 1)))])
+        reply = await w.exchange("p:alice:carol", "alice", item(2))
+        assert await advance(w) == reply.sent[0].msg_id
 
 
 async def test_what_is_unsettled_is_in_flight_and_not_lost(tmp_path: Path) -> None:

@@ -174,6 +174,49 @@ async def test_a_ringing_message_rings_though_a_newer_one_may_not(tmp_path: Path
         assert [(n.preview, n.pending) for n in vendor.sent] == [("loud", 2)]
 
 
+async def test_a_users_own_message_never_rings_his_phone(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        vendor = await absent_bob(w)
+        await w.exchange(CONV, "alice", item(1, b"loud"))
+        await w.exchange(CONV, "bob", item(2, b"own"), service=True)
+        await w.exchange(CONV, "alice", item(3, b"hush", flags=Flag.NO_PUSH))
+        await push(w)
+        assert [(n.preview, n.sender, n.pending) for n in vendor.sent] == [("loud", "alice", 2)]
+
+
+async def test_what_is_acknowledged_no_longer_makes_silent_ones_ring(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        vendor = await absent_bob(w)
+        hush = [item(number, flags=Flag.NO_PUSH) for number in (2, 3)]
+        await w.exchange(CONV, "alice", item(1, b"loud"), *hush)
+        await w.ack("bob", CONV, 1, 1)
+        await push(w)
+        assert vendor.sent == []
+        assert w.dispatch.flows.push_silent == 1
+
+
+async def test_a_message_that_expires_while_its_push_is_claimed_is_not_sent(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        vendor = await absent_bob(w)
+        await w.exchange(CONV, "alice", item(1, loss_time_ms=w.clock.wall_ms() + SECOND))
+
+        async def time_passes() -> None:
+            w.clock.passed_ms += SECOND + 1
+
+        w.faults.before["claim_push"] = time_passes
+        await push(w)
+        assert vendor.sent == []
+        assert w.dispatch.flows.push_expired == 1
+
+
+async def test_while_nothing_is_to_be_pushed_the_store_is_only_asked_when(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        await absent_bob(w)
+        calls = len(w.faults.calls)
+        await push(w)
+        assert w.faults.calls[calls:] == ["next_push_ms"]
+
+
 # ----------------------------------------------------------------------------------------- collapse window
 
 
