@@ -253,6 +253,8 @@ class Client:
         self._worker.give_up(Unavailable("client", "it is closed", temporary=False))
         for outgoing in list(self._outgoing.values()):
             outgoing._settled.set()
+        self._worker.became_live.set()
+        self._worker.became_level.set()
         await self._store.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -265,6 +267,9 @@ class Client:
         failure = None if task.cancelled() else task.exception()
         if isinstance(failure, Exception):
             _log.error("%s failed", task.get_name(), exc_info=failure)
+            self._life.leave()
+            if self._connection is not None:
+                self._connection.abort("the client failed")
             self._worker.feed.fail(failure)
             self._worker.give_up(failure)
 
@@ -289,20 +294,25 @@ class Client:
         return self._started and not self._closed and self._worker.device.live
 
     async def wait_connected(self) -> None:
-        """Until there is a connection. Never returns while the client may not connect; use a timeout."""
-        while not self.connected:
-            self._worker.became_live.clear()
-            await self._worker.became_live.wait()
+        """Until there is a connection. Not while the client may not connect: use a timeout.
+
+        Raises Unavailable when the client is closed.
+        """
+        await self._until(lambda device: device.live, self._worker.became_live)
 
     async def wait_level(self) -> None:
         """Until everything that the server had for this device when it connected is stored here.
 
-        Never returns while there is no connection; use a timeout.
+        Not while there is no connection: use a timeout. Raises Unavailable when the client is closed.
         """
-        self._need()
-        while not self._worker.device.level:
-            self._worker.became_level.clear()
-            await self._worker.became_level.wait()
+        await self._until(lambda device: device.level, self._worker.became_level)
+
+    async def _until(self, condition: Callable[[Device], bool], became: asyncio.Event) -> None:
+        while not condition(self._need()) or self._closed:
+            if self._closed:
+                raise Unavailable("client", "it is closed", temporary=False)
+            became.clear()
+            await became.wait()
 
     def reconnect(self, token: TokenSource | None = None) -> None:
         """Connect now: after a final Disconnected, with a new token if given, or instead of waiting."""

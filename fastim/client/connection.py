@@ -29,6 +29,7 @@ QUEUE_LOW_BYTES: Final = 131_072
 CLOGGED_BYTES: Final = 262_144
 """So much unwritten: nothing new is sent until it drains."""
 HELLO_PATIENCE_MS: Final = 10_000
+HEARTBEAT_LEAST_MS: Final = 10
 _PING: Final = encode(Ping())
 
 
@@ -141,7 +142,7 @@ class Connection:
 
     def live(self, heartbeat_ms: int) -> None:
         """HELLO has come: beat from now on."""
-        self._heartbeat_ms = max(heartbeat_ms, 1)
+        self._heartbeat_ms = max(heartbeat_ms, HEARTBEAT_LEAST_MS)
         self._beat_mono_ms = self._clock.mono_ms() + int(self._heartbeat_ms * self._rng.random())
         self._arm()
 

@@ -55,7 +55,7 @@ class Ending(msgspec.Struct, frozen=True):
 
 
 class Life:
-    """connect: dial and write AUTH; raises DialError. say: tells the app."""
+    """connect: dial and write AUTH; raises DialError, or any OSError. say: tells the app."""
 
     def __init__(
         self,
@@ -146,8 +146,9 @@ class Life:
             return Disconnected(0, f"no token: {error}", False, self._backoff.next_s())
         try:
             connection, settled = await self._connect(token)
-        except DialError as error:
-            return Disconnected(0, str(error), False, self._backoff.next_s(error.retry_after_s))
+        except OSError as error:
+            after_s = error.retry_after_s if isinstance(error, DialError) else 0.0
+            return Disconnected(0, str(error), False, self._backoff.next_s(after_s))
         if callable(self._source) and (ends_ms := token_ends_ms(token)):
             self.token_ends(ends_ms - self._clock.wall_ms())
         while not settled.done():

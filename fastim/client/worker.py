@@ -66,6 +66,7 @@ class Worker:
         self._sound = asyncio.Event()
         """The device is what the store holds."""
         self._stopping = False
+        self._given_up: Exception | None = None
         self.became_live = asyncio.Event()
         self.became_level = asyncio.Event()
         self.device: Device
@@ -88,17 +89,22 @@ class Worker:
 
     async def add(self, unsent: Unsent) -> None:
         """Put it into the outbox; returns when it is stored."""
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        stored = self._promise()
         self._wanted.append((unsent, stored))
         self._wake.set()
         await stored
+
+    def _promise(self) -> asyncio.Future[None]:
+        if self._given_up is not None:
+            raise self._given_up
+        return asyncio.get_running_loop().create_future()
 
     async def wish(self, act: Callable[[], object]) -> None:
         """Let `act` change the device between two batches; returns when that is stored.
 
         Raises what `act` raises.
         """
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        stored = self._promise()
         self._wishes.append((act, stored))
         self._wake.set()
         await stored
@@ -147,7 +153,8 @@ class Worker:
         self._wake.set()
 
     def give_up(self, why: Exception) -> None:
-        """Nobody gets an answer any more."""
+        """Nobody gets an answer any more, now or later."""
+        self._given_up = self._given_up or why
         futures: list[asyncio.Future[None] | asyncio.Future[p.HistoryPage]] = [
             *(future for _, future in self._wanted),
             *(future for _, future in self._wishes),

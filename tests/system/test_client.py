@@ -49,6 +49,7 @@ class Home:
             "data_dir": str(directory / "data"),
             "node": {"listen": f"127.0.0.1:{self._ws_port}", "plain": True, **limits},
             "api": {"listen": f"127.0.0.1:{api_port}"},
+            "dispatch": {"unknown_users": "refuse"},
         }
         self.fatal: list[BaseException] = []
         self.app: App

@@ -374,6 +374,39 @@ async def test_accepted_of_a_closed_client_says_that_the_message_waits() -> None
             await outgoing.accepted()
 
 
+async def test_who_waits_for_a_connection_hears_that_the_client_was_closed() -> None:
+    async with ScriptedServer() as server:
+        client = Client(server.url, "token", "d0")
+        await client.start()
+        waiting = [asyncio.create_task(client.wait_connected()), asyncio.create_task(client.wait_level())]
+        await asyncio.sleep(0)
+        await client.close()
+        for waiter in waiting:
+            with pytest.raises(Unavailable, match="closed"):
+                await waiter
+        with pytest.raises(Unavailable, match="closed"):
+            await client.send(CONV, "x")
+
+
+async def test_a_client_can_be_closed_from_its_own_event_handler() -> None:
+    closed = asyncio.Event()
+
+    async def on_event(event: object) -> None:
+        if isinstance(event, Message):
+            await client.close()
+            closed.set()
+
+    async with ScriptedServer() as server:
+        client = Client(server.url, "token", "d0", on_event=on_event)
+        await client.start()
+        peer = await server.login()
+        await peer.send(msg(1, 1))
+        async with asyncio.timeout(10):
+            await closed.wait()
+        await peer.wait_closed()
+        assert peer.socket.close_code == 1000
+
+
 async def test_a_client_is_used_after_start_and_only_once() -> None:
     async with ScriptedServer() as server:
         client = Client(server.url, "token", "d0")
