@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 
 from fastim import protocol as p
+from fastim.client import rows
 from fastim.client.events import (
     Connected,
     ConvChanged,
@@ -33,18 +34,17 @@ from fastim.client.events import (
     ReadMark,
     StateChanged,
 )
-from fastim.client.localstore import Batch, ConvRow, Reset, Snapshot, Ticket, countable
+from fastim.client.localstore import Batch, ConvRow, Reset, Snapshot, Ticket
 from fastim.client.ordering import Ordering, Outcome
 from fastim.client.outbox import Outbox, Unsent
 from fastim.client.tags import Tags
 from fastim.clock import Clock
 from fastim.errors import Unavailable
-from fastim.model import DEFAULT_KINDS, FIRST_EVENT_KIND, SkipReason, is_expired, preview
+from fastim.model import SkipReason, is_expired
 
 ACK_DELAY_MS: Final = 100
 """Well below the 200 ms of the protocol: the rest belongs to the disk and the network."""
 ACK_EVERY: Final = 32
-PREVIEW_CHARS: Final = 80
 CONVS_RETRY_MS: Final = 5_000
 MAX_PARKED: Final = 1_024
 """The server's window (128) keeps it far below; a server that ignores its window only costs disk."""
@@ -175,13 +175,8 @@ class Device:
             self._changed(row)
 
     def _count_above(self, row: ConvRow, told: int) -> None:
-        """What is unread above the read mark: counted here if all of it is here, else as the server told."""
-        if row.read >= row.last:
-            row.unread = 0
-        elif row.read >= row.start:
+        if rows.count_above(row, told):
             self.recounts.add(row.conv)
-        elif told >= 0:
-            row.unread = told
 
     def recounted(self, conv: str, unread: int) -> None:
         """The answer to `recounts`."""
@@ -354,8 +349,7 @@ class Device:
         if out.reset and row is not None:
             self._batch.feed.append(Reset(conv))
             self._batch.pages = [message for message in self._batch.pages if message.conv != conv]
-            row.start = row.last = row.head = row.counted = row.unread = 0
-            row.read = row.read_told = row.mention_seq = 0
+            rows.restart(row)
         for arrival in out.done:
             self.tags.stored(arrival.tag)
             if isinstance(arrival.what, Own):
@@ -410,21 +404,7 @@ class Device:
             self._batch.feed.append(Gone(row.conv, from_seq, to_seq, SkipReason.EXPIRED))
         else:
             self._batch.feed.append(message)
-        self._note_newest(row, message)
-
-    def _note_newest(self, row: ConvRow, message: Message) -> None:
-        """The list entry, as the server will tell it in its next CHANGES."""
-        if message.kind >= FIRST_EVENT_KIND or message.seq < row.head:
-            return
-        row.last_sender, row.last_kind, row.last_ts_ms = message.sender, message.kind, message.ts_ms
-        row.preview = preview(message.kind, message.flags, message.body, DEFAULT_KINDS, PREVIEW_CHARS)
-        if message.sender == self.user or message.seq <= row.counted:
-            return
-        row.counted = message.seq
-        if message.seq > row.read and countable(message):
-            row.unread += 1
-        if self.user in message.mentions:
-            row.mention_seq = message.seq
+        rows.note_message(row, message, self.user)
 
     # -------------------------------------------------------------------------------------------- own sends
 
@@ -530,20 +510,9 @@ class Device:
         if item.limited and item.cursor > row.last:
             gap = p.Skip(0, conv, row.last + 1, item.cursor, SkipReason.RETENTION, item.epoch)
             self._place(conv, item.epoch, row.last + 1, item.cursor, Arrival(0, gap))
-        if item.version < row.version:
-            return
-        row.version = item.version
-        row.epoch = self.ordering.epoch(conv)
-        row.limited = item.limited
-        row.mention_seq = max(row.mention_seq, item.mention_seq)
-        row.read_told = max(row.read_told, item.read)
-        if item.head >= row.head:
-            row.head = item.head
-            row.last_sender, row.last_kind, row.last_ts_ms = item.last_sender, item.last_kind, item.last_ts_ms
-            row.preview = item.preview
-            if item.read >= row.read:
-                row.read, row.unread, row.counted = item.read, item.unread, item.head
-        self._changed(row)
+        if rows.merge(row, item):
+            row.epoch = self.ordering.epoch(conv)
+            self._changed(row)
 
     def _read_mark(self, frame: p.ReadMark) -> None:
         row = self.rows.get(frame.conv)

@@ -741,3 +741,13 @@ def test_level_of_a_user_of_whom_nothing_is_known_is_a_level_too() -> None:
     assert made.device.level
     made.device.lost()
     assert not made.device.level
+
+
+def test_reading_what_is_here_leaves_what_is_on_its_way_to_be_counted() -> None:
+    made = live()
+    made.turn(p.Changes(0, [change(cursor=48, head=50, unread=10)], 10, False), msg(1, 49))
+    assert made.device.rows[CONV].unread == 10
+    made.device.read(CONV, 49, private=False)
+    assert made.device.rows[CONV].unread == 0
+    made.turn(msg(2, 50))
+    assert made.device.rows[CONV].unread == 1
