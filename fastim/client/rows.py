@@ -1,7 +1,7 @@
 """What the entry of a conversation says, and who is believed when the server and the messages here differ.
 
-The server's count is right for everything up to the head of its entry, also for what is still on its way; what
-is counted here is right up to the newest message here. `counted` remembers which, so nothing counts twice.
+The server counts up to the head of its entry, also what is still on its way; what is counted here is right up
+to the newest message here. `counted` remembers which, so that nothing counts twice.
 
 R1  unread is what the server would say of the messages that are here    tests/unit/test_client_device.py
 """
