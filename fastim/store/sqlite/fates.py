@@ -50,9 +50,10 @@ def furthest(sql: Sql, person: int, conv: int) -> int:
 
 
 def spans_of(sql: Sql, names: Names, person: int, conv: int) -> tuple[Span, ...]:
-    """What a member is shown, by ids."""
-    if not names.conv_name(conv).startswith("g:"):
-        return WHOLE
+    """What a person is shown of a conversation, by ids; () for a stranger."""
+    named = names.named(conv)
+    if named is not None:
+        return WHOLE if person in named else ()
     rows = sql.rows(
         "SELECT join_seq, leave_seq FROM member WHERE person = ? AND conv = ? ORDER BY join_seq",
         (person, conv),

@@ -118,6 +118,8 @@ class Names:
         self.conv_ids: Cache[str, int] = Cache(CACHED_NAMES)
         self.convs: Cache[str, Conv] = Cache(CACHED_CONVS)
         self._conv_names: Cache[int, str] = Cache(CACHED_NAMES)
+        self._named: Cache[int, tuple[int, ...]] = Cache(CACHED_NAMES)
+        """conv -> the members of p: and s:; (0,) for every other type"""
         self._fresh = 0
 
     # ----------------------------------------------------------------------------------------- looking up
@@ -169,6 +171,15 @@ class Names:
             found = str(self._sql.value("SELECT name FROM conv WHERE id = ?", (conv,)))
             self._conv_names.put(conv, found)
         return found
+
+    def named(self, conv: int) -> tuple[int, ...] | None:
+        """The members of p: and s:, None for every other type."""
+        found = self._named.get(conv)
+        if found is None:
+            named = named_members(self.conv_name(conv))
+            found = (0,) if named is None else tuple(self.person(user) for user in named)
+            self._named.put(conv, found)
+        return None if found == (0,) else found
 
     def epoch(self, conv: int) -> int:
         return int(self._sql.value("SELECT epoch FROM conv WHERE id = ?", (conv,)) or EPOCH)
@@ -289,6 +300,6 @@ class Names:
     def forget(self) -> None:
         for cache in (
             self._persons, self._person_names, self._devices, self.owners,
-            self.convs, self.conv_ids, self._conv_names,
+            self.convs, self.conv_ids, self._conv_names, self._named,
         ):  # fmt: skip
             cache.clear()
