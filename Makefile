@@ -61,7 +61,7 @@ kill: venv
 	$(BIN)/python -m tests.kill.run --messages $(MESSAGES) --kills $(KILLS)
 
 shows: venv
-	$(BIN)/python -m tests.shows.run
+	$(BIN)/python -m tests.shows.run --together
 
 bench: venv
 	$(BIN)/python -m bench road --gate

@@ -11,7 +11,7 @@ audit` must fail on it.
 --quick has short timeouts (ack 2 s, a tenth of the retry table, 3 s until push after a start), so that a few
 kills and the rest afterwards take less than a minute.
 
-Last line: lost=0 duplicates=0 inversions=0 kills=K in_flight_at_kill>=1 for N kills
+Last line: lost=0 duplicates=0 inversions=0 ledger=0 kills=K in_flight_at_kill>=1 for N kills
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def report(
     busy = sum(1 for kill in run.kills if kill.in_flight)
     print(
         f"lost={verdict.count('lost')} duplicates={verdict.count('duplicates')} "
-        f"inversions={verdict.count('inversions')} kills={len(run.kills)} "
+        f"inversions={verdict.count('inversions')} ledger={ledger.count('ledger')} kills={len(run.kills)} "
         f"in_flight_at_kill>=1 for {busy} kills"
     )
     good = verdict.good and ledger.good and not problems and busy == len(run.kills) == run.kills_wanted

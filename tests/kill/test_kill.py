@@ -20,4 +20,4 @@ def test_three_kills_lose_repeat_and_reorder_nothing(
     code = run(asyncio.wait_for(kill.live(args, tmp_path), 100))
     text = capsys.readouterr().out
     assert code == 0, text
-    assert "lost=0 duplicates=0 inversions=0 kills=3 in_flight_at_kill>=1 for 3 kills" in text
+    assert "lost=0 duplicates=0 inversions=0 ledger=0 kills=3 in_flight_at_kill>=1 for 3 kills" in text

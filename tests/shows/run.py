@@ -140,6 +140,7 @@ async def mute(show: Show, quick: bool) -> None:
 async def _reconnect(show: Show, here: Stage, token: str, conv: str, again: int, table_s: float) -> None:
     """A new session gets everything once more; whatever the attempts are then, they end, and it is quiet."""
     before, cpu = await metric(here.server, "fastim_nudges_total"), here.server.cpu_s()
+    rang = len(here.vendor.of("mum"))
     async with RawClient("127.0.0.1", here.server.ws_port, token, "d0", ping_s=2.0) as mum:
         await asyncio.sleep(table_s)
         used = (here.server.cpu_s() - cpu) / table_s
@@ -149,6 +150,7 @@ async def _reconnect(show: Show, here: Stage, token: str, conv: str, again: int,
             3 <= frames <= 3 * FIRINGS and nudges < FIRINGS and used <= QUIET_CPU,
             f"reconnect {again}: {frames} MSG frames, {nudges:.0f} nudges, {used:.1%} CPU in {table_s:.0f} s",
         )
+        show.say(f"the vendor was called {len(here.vendor.of('mum')) - rang} time(s) meanwhile")
         await quiet(show, here, mum, conv, f"after reconnect {again}", 3.0 if table_s < 15 else 10.0)
 
 
