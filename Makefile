@@ -1,7 +1,7 @@
 # Assumes Python 3.11, gcc and make. Everything else comes into .venv.
 PYTHON   ?= python3
-MESSAGES ?= 100000
-KILLS    ?= 20
+MESSAGES ?= 20000
+KILLS    ?= 30
 SEEDS    ?= 200
 
 BIN     := .venv/bin
@@ -18,7 +18,7 @@ venv: .venv/built
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > .venv/build-requires.txt
 	$(BIN)/pip install --quiet wheel -r .venv/build-requires.txt
-	FASTIM_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[cluster,dev]'
+	FASTIM_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[cluster,load,dev]'
 	touch $@
 
 .venv/built: .venv/installed $(CORE)

@@ -1,7 +1,7 @@
-"""Who was owed what, and what every screen showed: lost, duplicated, out of order, counted by the clients alone.
+"""Who was owed what, and what every screen showed: lost, duplicated, out of order, by the clients alone.
 
-Knows nothing of the server. A message is owed to the peer from the moment its sender heard SENT (or a REST caller
-his answer); a screen owes it once, and the messages of a conversation in the order of their seqs.
+Knows nothing of the server. A message is owed to the peer from the moment its sender heard SENT (or a REST
+caller his answer); a screen owes it once, and the messages of a conversation in the order of their seqs.
 """
 
 from __future__ import annotations

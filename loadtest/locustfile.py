@@ -4,9 +4,9 @@
     locust -f loadtest/locustfile.py --headless -u 500 -t 60s               # in another
     locust -f loadtest/locustfile.py                                        # with the page on port 8089
 
-Latencies appear as requests of type `wss`: SENT (from handing a message to the app until the server stored it) and
-DELIVERED (until the peer's screen shows it). At the end the clients' own account is printed, and the command fails
-when anything was lost, repeated or out of order. See README.md beside this file.
+Latencies appear as requests of type `wss`: SENT (from handing a message to the app until the server stored
+it) and DELIVERED (until the peer's screen shows it). At the end the clients' own account is printed, and the
+command fails when anything was lost, repeated or out of order. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def report(
     environment: Environment, name: str, started: float, error: Exception | None = None, size: int = 0
 ) -> None:
     environment.events.request.fire(
-        request_type="wss", name=name, response_time=(time.monotonic() - started) * 1_000, response_length=size,
-        exception=error, context={},
+        request_type="wss", name=name, response_time=(time.monotonic() - started) * 1_000,
+        response_length=size, exception=error, context={},
     )  # fmt: skip
 
 
 class ChatUser(User):
-    """A person with one device: a few 1:1 conversations, thinking in between, sometimes a burst, sometimes a tunnel."""
+    """A person with one device: 1:1 conversations, thinking in between, sometimes a burst or a tunnel."""
 
     host = "wss://127.0.0.1:8443"
     weight = 9
@@ -182,7 +182,7 @@ class PushUser(HttpUser):
                 return
 
 
-# ------------------------------------------------------------------------------------------ the clients' account
+# -------------------------------------------------------------------------------- the clients' account
 
 
 def at_rest() -> bool:

@@ -1,8 +1,8 @@
 """One device on gevent: a blocking websocket below, the rules of fastim.client.device above.
 
-The SDK's own state machine is sans-I/O, so the load test follows exactly the rules that apps follow: order, holes,
-acks after storing, one SEND under way per conversation, resends under the same client_id. Only the plumbing is
-here: a greenlet that reads, one that keeps time, and a lock around every turn.
+The SDK's own state machine is sans-I/O, so the load test follows exactly the rules that apps follow: order,
+holes, acks after storing, one SEND under way per conversation, resends under the same client_id. Only the
+plumbing is here: a greenlet that reads, one that keeps time, and a lock around every turn.
 """
 
 from __future__ import annotations
