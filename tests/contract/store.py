@@ -1306,6 +1306,32 @@ class StoreContract:
             (again,) = await self.push(store, NOW + 10_020)
             assert again.push_id != row.push_id
 
+    async def test_a_park_while_the_push_is_out_is_kept_when_that_claim_ends_by_itself(self) -> None:
+        async with self.opened() as store:
+            await send(store, CONV, "alice", text(1))
+            await store.park([park("bob")], NOW)
+            (lost,) = await self.push(store, NOW)
+            await send(store, CONV, "alice", text(2))
+            await store.park([park("bob", 2, at=NOW + 10)], NOW + 10)
+            (row,) = await self.push(store, NOW + 1_000)
+            assert row.push_id == lost.push_id
+            await store.finish_push("d", row, NOW + 1_001, retry_at_ms=0)
+            (again,) = await self.push(store, NOW + 11_001)
+            assert again.push_id != row.push_id
+
+    async def test_no_two_pushes_have_one_id_however_long_they_are_apart(self) -> None:
+        async with self.opened() as store:
+            ids = []
+            for number in range(5):
+                now = NOW + number * DAY_MS
+                await send(store, CONV, "alice", text(number))
+                await store.park([park("bob", at=now)], now)
+                (row,) = await self.push(store, now)
+                ids.append(row.push_id)
+                await store.finish_push("d", row, now, retry_at_ms=0)
+                assert await self.push(store, now + DAY_MS // 2) == []
+            assert len(set(ids)) == 5
+
     async def test_two_parks_before_the_push_are_one_push(self) -> None:
         async with self.opened() as store:
             await fill(store, 2)

@@ -441,9 +441,8 @@ class NaiveStore:
     async def flush(self, flush: Flush) -> FlushResult:
         state = self._open()
         moved: set[tuple[str, str]] = set()
-        for one in flush.settled:
-            if one.to_seq < one.from_seq or not self._of(one.conv):
-                continue
+        settled = [one for one in flush.settled if one.from_seq <= one.to_seq and self._of(one.conv)]
+        for one in settled:
             state.devices.setdefault(
                 (one.user, one.device), Device(one.user, one.device, "", flush.now_ms, flush.now_ms)
             )
@@ -455,17 +454,15 @@ class NaiveStore:
                     )
                 )  # fmt: skip
         gaps: dict[tuple[str, str, str], None] = {}
-        for one in sorted(flush.settled, key=lambda one: one.from_seq):
+        for one in sorted(settled, key=lambda one: one.from_seq):
             key = (one.user, one.device, one.conv)
             cursor = state.cursors.get(key, 0)
-            if one.to_seq < one.from_seq or not self._of(one.conv):
-                continue
             if one.from_seq - 1 > cursor:
                 gaps[key] = None
             elif one.to_seq > cursor:
                 state.cursors[key] = one.to_seq
                 moved.add((one.user, one.conv))
-        for pair in {(one.user, one.conv) for one in flush.settled}:
+        for pair in {(one.user, one.conv) for one in settled}:
             if pair in state.due and self._keep_due(pair, flush.now_ms, flush.node) and pair in moved:
                 state.due[pair].attempt = 0
         for request in flush.due:
@@ -594,7 +591,9 @@ class NaiveStore:
             if not pending:
                 self._rest_push(row)
                 continue
-            row.holder, row.ready_ms, row.again_ms = holder, now_ms + claim_ms, 0
+            if not row.holder:
+                row.again_ms = 0
+            row.holder, row.ready_ms = holder, now_ms + claim_ms
             m = pending[-1]
             badge, _ = await self.unread(user)
             found.append(

@@ -21,6 +21,8 @@ from fastim.store.sqlite.names import Names
 
 MOST_PENDING: Final = 1_000
 """How many of the newest messages a claim looks through, so that `pending` counts at most as many."""
+_REMEMBER_MS: Final = 60_000
+"""How much longer than its window a finished push is remembered: the clock may step back."""
 _FORGET: Final = 100
 """Idle rows that one claim removes."""
 
@@ -120,8 +122,8 @@ class PushBox:
         """Nothing to push: the row only remembers the last one until its window has passed."""
         self._sql.run(
             "UPDATE push SET holder = NULL, attempt = 0, again_ms = 0, ready_ms = NULL,"
-            " idle_ms = min(last_ms, ?) + collapse_ms WHERE pair = ?",
-            (now_ms, pair),
+            " idle_ms = min(last_ms, ?) + collapse_ms + ? WHERE pair = ?",
+            (now_ms, _REMEMBER_MS, pair),
         )
 
     def next_ms(self) -> int:
