@@ -24,7 +24,7 @@ from fastim.errors import BusUnavailable, StoreUnavailable
 from fastim.model import Fate
 from fastim.node.limits import NodeLimits
 from fastim.node.session import Entry, Parcel
-from fastim.store.base import Behind, DueRequest, Flush, MessageStore, Settled
+from fastim.store.base import Behind, DueRequest, Flush, Leveled, MessageStore, Settled
 
 _ONLY_CURSOR: Final = 0
 """In place of a fate: the range moves the cursor and writes no fate row."""
@@ -33,7 +33,7 @@ _ONLY_CURSOR: Final = 0
 class _Pending:
     """What the next transaction will hold."""
 
-    __slots__ = ("due", "entries", "runs", "settled", "undelivered")
+    __slots__ = ("due", "entries", "levels", "runs", "settled", "undelivered")
 
     def __init__(self) -> None:
         self.settled: dict[tuple[str, str, str], list[list[int]]] = {}
@@ -41,10 +41,11 @@ class _Pending:
         self.runs = 0
         self.due: dict[tuple[str, str], DueRequest] = {}
         self.entries: list[Entry] = []
+        self.levels: dict[tuple[str, str], int] = {}
         self.undelivered: list[Outgoing] = []
 
     def __bool__(self) -> bool:
-        return bool(self.settled or self.due or self.entries or self.undelivered)
+        return bool(self.settled or self.due or self.entries or self.levels or self.undelivered)
 
     def rows(self) -> tuple[Settled, ...]:
         """The settled ranges, merged where the acks came out of order."""
@@ -126,6 +127,9 @@ class Flusher:
             self._pending.runs += 1
             if self._pending.runs >= self._limits.flush_settled:
                 self._hurry.set()
+        elif parcel.version:
+            device = (parcel.session.user, parcel.session.device)
+            self._pending.levels[device] = max(parcel.version, self._pending.levels.get(device, 0))
         if parcel.entry is not None:
             self.release(parcel.entry)
             parcel.entry = None
@@ -199,9 +203,10 @@ class Flusher:
         hand, self._pending = self._pending, _Pending()
         due = tuple(hand.due.values())
         rows = hand.rows()
+        levels = tuple(Leveled(*device, version) for device, version in hand.levels.items())
         self.due_requests += len(due)
-        if rows or due:
-            await self._flush(rows, due)
+        if rows or due or levels:
+            await self._flush(rows, due, levels)
         reader = self.reader
         for entry in hand.entries:
             entry.holds -= 1
@@ -214,12 +219,15 @@ class Flusher:
                 # The due rows are durable and fire by themselves, a poll later.
                 self.bus_failures += 1
 
-    async def _flush(self, rows: tuple[Settled, ...], due: tuple[DueRequest, ...]) -> None:
+    async def _flush(
+        self, rows: tuple[Settled, ...], due: tuple[DueRequest, ...], levels: tuple[Leveled, ...]
+    ) -> None:
         tried = 0
         while True:
             try:
                 with observe.FLUSH_SECONDS.time():
-                    result = await self._store.flush(Flush(rows, due, self._node, self._clock.wall_ms()))
+                    now_ms = self._clock.wall_ms()
+                    result = await self._store.flush(Flush(rows, due, self._node, now_ms, levels))
                 break
             except StoreUnavailable as error:
                 if not error.temporary:

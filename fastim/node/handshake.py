@@ -131,8 +131,13 @@ class Handshake:
     async def _enter(self, link: Link, auth: Auth, identity: Identity) -> tuple[Session, int]:
         """A session with this link, attached in presence."""
         user, device = identity.user, auth.device
+        since = auth.user_cursor
         if self._known(auth, user) is None:
-            await self._store.register_device(user, device, auth.device_class, self._clock.wall_ms())
+            now_ms = self._clock.wall_ms()
+            known_device = await self._store.register_device(user, device, auth.device_class, now_ms)
+            # The device may have stored a LEVEL whose ack died with its node, and so did the acks before it:
+            # what they were for is not above the version of that LEVEL, but it is above the cursors.
+            since = min(since, known_device.level)
         await self._check_devices(user, device)
         if link.closed:
             raise PresenceUnavailable("the connection ended before its session began")
@@ -150,10 +155,10 @@ class Handshake:
             session = Session(f"{self._rng.getrandbits(128):032x}", identity, device, auth.device_class)
             self._pool.add(session)
         session.identity = identity
-        session.level_version = max(session.level_version, auth.user_cursor)
+        session.level_version = max(session.level_version, since)
         session.joining = True
         # Nothing is written live until the sync that follows has been paged.
-        self._catchup.sync(session, auth.user_cursor)
+        self._catchup.sync(session, since)
         try:
             self.delivery.attach(session, link, auth.tag if hot else 0)
         except PeerError:

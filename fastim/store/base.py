@@ -203,6 +203,14 @@ class DueRequest(msgspec.Struct, frozen=True, gc=False):
     urgent: bool = False
 
 
+class Leveled(msgspec.Struct, frozen=True, gc=False):
+    """A device acknowledged LEVEL: what changed up to `version` is in the cursors, this flush included."""
+
+    user: str
+    device: str
+    version: int
+
+
 class Flush(msgspec.Struct, frozen=True, gc=False):
     """One transaction (S13), written by a node."""
 
@@ -210,6 +218,7 @@ class Flush(msgspec.Struct, frozen=True, gc=False):
     due: tuple[DueRequest, ...]
     node: str
     now_ms: int
+    levels: tuple[Leveled, ...] = ()
 
 
 class FlushResult(msgspec.Struct, frozen=True, gc=False):
@@ -349,13 +358,17 @@ class Member(msgspec.Struct, frozen=True, gc=False):
 
 
 class Device(msgspec.Struct, frozen=True, gc=False):
-    """A device of a user as the store remembers it."""
+    """A device of a user as the store remembers it.
+
+    level: the newest Leveled version; only moves forward (S5).
+    """
 
     user: str
     device: str
     device_class: str
     first_seen_ms: int
     last_seen_ms: int
+    level: int = 0
 
 
 class MessageStore(Protocol):

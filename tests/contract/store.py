@@ -26,6 +26,7 @@ from fastim.store.base import (
     DueRequest,
     Flush,
     Gap,
+    Leveled,
     MessageStore,
     ObligationState,
     Park,
@@ -499,6 +500,22 @@ class StoreContract:
             )
             assert ([m.seq for m in page], more) == ([5, 6], True)
 
+    async def test_s4_a_time_range_is_right_whatever_the_clock_did(self) -> None:
+        rng = random.Random(4)
+        async with self.opened() as store:
+            sent: list[tuple[int, int]] = []
+            now = NOW
+            for number in range(60):
+                now += rng.choice((1, 5, 400, -300, 3_600_000, -3_600_000))
+                (result,) = await send(store, CONV, "alice", text(number), now=now)
+                sent.append((result.seq, now))
+            for _ in range(60):
+                low, high = sorted(rng.choices([at for _, at in sent], k=2))
+                page, _ = await store.history(
+                    "bob", CONV, before_seq=0, after_seq=0, from_ms=low, to_ms=high, limit=99, now_ms=now
+                )
+                assert [m.seq for m in page] == [seq for seq, at in sent if low <= at <= high]
+
     async def test_s4_the_expired_and_the_recalled_are_left_out(self) -> None:
         async with self.opened() as store:
             results = await send(store, CONV, "alice", text(1), text(2, loss=NOW + 5), text(3), text(4))
@@ -594,6 +611,14 @@ class StoreContract:
             assert await cursor(store, "bob", TEAM, "web") == 1
             await store.register_device("bob", "phone", "app", NOW + 1)
             assert await cursor(store, "bob") == 3
+
+    async def test_s5_a_device_remembers_the_newest_level_that_it_acknowledged(self) -> None:
+        async with self.opened() as store:
+            assert (await store.register_device("bob", "phone", "app", NOW)).level == 0
+            for version in (7, 5):
+                await store.flush(Flush((), (), "n1", NOW, (Leveled("bob", "phone", version),)))
+            assert (await store.register_device("bob", "phone", "app", NOW)).level == 7
+            assert {device.device: device.level for device in await store.devices("bob")}["phone"] == 7
 
     async def test_s5_the_first_device_of_a_user_gets_everything(self) -> None:
         async with self.opened("alice") as store:

@@ -467,6 +467,11 @@ class NaiveStore:
                 state.due[pair].attempt = 0
         for request in flush.due:
             self._request(state, request, flush)
+        for leveled in flush.levels:
+            device = state.devices.get((leveled.user, leveled.device))
+            if device is not None:
+                newest = max(device.level, leveled.version)
+                state.devices[device.user, device.device] = msgspec.structs.replace(device, level=newest)
         return FlushResult(tuple((u, d, self._behind(u, d, c)) for u, d, c in gaps))
 
     def _add_fate(self, row: FateRow) -> None:
@@ -745,7 +750,9 @@ class NaiveStore:
                     state.cursors[user, device, conv] = furthest
             known = Device(user, device, device_class, now_ms, now_ms)
         seen_ms = max(known.last_seen_ms, now_ms)
-        state.devices[user, device] = Device(user, device, device_class, known.first_seen_ms, seen_ms)
+        state.devices[user, device] = Device(
+            user, device, device_class, known.first_seen_ms, seen_ms, known.level
+        )
         return state.devices[user, device]
 
     async def devices(self, user: str) -> list[Device]:

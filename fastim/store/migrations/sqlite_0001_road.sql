@@ -7,7 +7,8 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 -- settled    msg_id up to which every obligation has a fate row or a due row
 -- projected  msg_id up to which the timeline is projected into user_conv
 -- minted     the newest id that was minted for a change that is no message
-INSERT INTO meta VALUES ('settled', 0), ('projected', 0), ('minted', 0);
+-- ahead      how many ms the time in a msg_id was at most ahead of its message's ts_ms
+INSERT INTO meta VALUES ('settled', 0), ('projected', 0), ('minted', 0), ('ahead', 0);
 
 CREATE TABLE person (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 
@@ -18,6 +19,7 @@ CREATE TABLE device (
     class TEXT NOT NULL,
     first_seen_ms INTEGER NOT NULL,
     last_seen_ms INTEGER NOT NULL,
+    level INTEGER NOT NULL DEFAULT 0,
     UNIQUE (person, name)
 );
 

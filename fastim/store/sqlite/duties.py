@@ -55,6 +55,9 @@ class Duties:
             gaps = self._settle(flush)
         for request in flush.due:
             self._request(request, flush)
+        for one in flush.levels:
+            device = self._names.device(self._names.person(one.user), one.device)
+            self._sql.run("UPDATE device SET level = max(level, ?) WHERE id = ?", (one.version, device))
         return FlushResult(gaps)
 
     def _settle(self, flush: Flush) -> tuple[tuple[str, str, Behind], ...]:

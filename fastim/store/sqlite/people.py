@@ -56,6 +56,7 @@ class Groups:
             "INSERT INTO message VALUES (?, ?, 1, 0, ?, ?, ?, 0, 0, 0, ?, 0, X'', NULL, ?)",
             (msg_id, conv_id, conv.people[owner], msg_id.to_bytes(16, "big"), Kind.MEMBER, now_ms, body),
         )
+        self._minter.note_ahead(self._sql, now_ms)
         conv.seq, conv.cseq = 1, 0
         self._tail.add(conv, 0, conv.people[owner], msg_id, 0)
         return 1
@@ -71,7 +72,7 @@ class Devices:
 
     def of(self, user: str) -> list[Device]:
         rows = self._sql.rows(
-            "SELECT name, class, first_seen_ms, last_seen_ms FROM device"
+            "SELECT name, class, first_seen_ms, last_seen_ms, level FROM device"
             " WHERE person = (SELECT id FROM person WHERE name = ?) ORDER BY id",
             (user,),
         )
@@ -95,7 +96,7 @@ class Devices:
                 [(conv, new, person) for conv in self._convs(person)],
             )
         row = sql.row(
-            "SELECT class, first_seen_ms, last_seen_ms FROM device WHERE person = ? AND name = ?",
+            "SELECT class, first_seen_ms, last_seen_ms, level FROM device WHERE person = ? AND name = ?",
             (person, device),
         )
         return Device(user, device, *row)
