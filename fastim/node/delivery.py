@@ -386,7 +386,10 @@ class Delivery:
         session.ack_slot = -1
         del self._by_slot[slot]
         self._retrying.discard(session)
-        session.ring = [(tag, item) for tag, item in self._acks.items(slot) if isinstance(item, Parcel)]
+        # Without LEVEL: the list before it had no tag and may be lost. The next sync tells both.
+        session.ring = [
+            (tag, item) for tag, item in self._acks.items(slot) if isinstance(item, Parcel) and item.conv
+        ]
         self._acks.close(slot)
         parcels = [parcel for _, parcel in session.ring]
         self._move(session, parcels, due_at_ms, reason, urgent=urgent, tell=urgent)

@@ -526,7 +526,8 @@ class NodeWorld:
         held = self.store.held + self.presence.held + self.bus.held
         streams = held["conversations"] + held["stream"] + held["position"]
         busy = sum(session.busy for session in node.pool)
-        if self.hub.scheduled or self.acks.pending_drain:
+        # A login that is held has acknowledged a tag; the tick after HELLO drains it.
+        if self.hub.scheduled or (self.acks.pending_drain and not held.total()):
             return "hub"
         if self._unread():
             return "inbox"
@@ -535,7 +536,7 @@ class NodeWorld:
         if len(node._short) > held.total() - held["flush"] - min(busy, streams):
             return f"tasks {sorted(task.get_name() for task in node._short)}"
         flushing = flusher._committing.locked() or flusher._pending
-        if flushing and not held["flush"] and not any(self.store.failing.values()):
+        if flushing and not held["flush"] and not held["publish"] and not any(self.store.failing.values()):
             return "flush"
         if (busy or catchup._queue) and not streams:
             return "catchup"

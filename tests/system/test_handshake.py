@@ -307,6 +307,26 @@ async def test_a_hot_resume_after_a_timeout_streams_what_was_taken_out_of_the_wi
         assert await w.cursor("bob", CONV) == 2
 
 
+async def test_a_level_that_was_under_way_is_told_again_only_behind_its_list(tmp_path: Path) -> None:
+    """CHANGES has no tag and is not replayed: a LEVEL before it would be stored and hide that it was lost."""
+    async with node_world(tmp_path) as w:
+        await w.known("alice")
+        await w.append(CONV, "alice", b"1")
+        bob = await w.connect("bob")
+        assert kinds(bob) == ["Hello", "Changes", "Msg", "Level"]
+        bob.vanish()
+        await w.quiet()
+        again = await w.connect("bob", session=bob.hello.session, tag=1)  # MSG came, and nothing else
+        assert kinds(again) == ["Hello", "Changes", "Level"]
+        assert again.of(Level)[0].tag == 3
+        assert [item.conv for item in again.of(Changes)[0].items] == [CONV]
+        again.say(Ack(2))
+        again.ack()
+        await w.quiet()
+        assert again.close_code == 0
+        assert w.acks.unacked(w.session_of(again).ack_slot) == (0, 0)
+
+
 async def test_a_resumed_session_learns_what_another_device_has_read(tmp_path: Path) -> None:
     """LEVEL says that everything up to its version was told, read marks included."""
     async with node_world(tmp_path) as w:
