@@ -45,6 +45,12 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"FASTIM_BUILD={asked}, but imported: {wrong or fastim.__file__}")
 
 
+def pytest_collection_finish() -> None:
+    """What is loaded now stays: the collection after each test need not look at it again (0.1 s apiece)."""
+    gc.collect()
+    gc.freeze()
+
+
 def live_core_objects() -> dict[str, int]:
     """Counters of the core that are not zero; always empty on a release build."""
     counts = {f"{core.__name__}.{name}": count for core in CORE for name, count in core.live().items()}
