@@ -23,13 +23,16 @@ from fastim.store.sqlite.names import Cache
 from fastim.store.sqlite.writer import Writer
 from tests.contract.store import (
     CONV,
+    DAY_MS,
     EVERYBODY,
     NOW,
     StoreContract,
     acked,
     cursor,
+    due,
     fill,
     flush,
+    park,
     send,
     states,
     text,
@@ -506,3 +509,29 @@ async def test_the_acks_of_a_large_group_touch_few_pages(directory: Path) -> Non
         _, pages, _ = written.row("PRAGMA wal_checkpoint(PASSIVE)")
         assert pages < 40
         assert len(await states(store)) == 499
+
+
+# --------------------------------------------------------------------------------------------- the clock
+
+
+async def test_what_waits_moves_back_with_a_clock_that_was_set_back(directory: Path) -> None:
+    later = NOW + 365 * DAY_MS
+    async with opened(directory) as store:
+        await send(store, CONV, "alice", text(1), text(2), now=later)
+        await send(store, "p:alice:carol", "alice", text(3), now=later)
+        await flush(store, due=[due("bob", 1, later + 1_000)], now=later)
+        await store.park([park("carol", conv="p:alice:carol", at=later + 5_000)], later)
+        assert await store.fence("n0", 1, "d1", later, 2_000)
+        await send(store, CONV, "alice", text(4), now=NOW)
+        assert (await store.next_due_ms(), await store.next_push_ms()) == (NOW + 1_000, NOW + 5_000)
+        assert len(await store.claim_due("d", NOW + 1_000, 1_000, 9)) == 1
+        assert not await store.fence("n0", 1, "d2", NOW + 1_999, 1_000)
+        assert await store.fence("n0", 1, "d2", NOW + 2_000, 1_000)
+
+
+async def test_a_caller_who_waited_for_a_slow_disk_sets_no_clock_back(directory: Path) -> None:
+    async with opened(directory) as store:
+        await fill(store, 1)
+        await flush(store, due=[due("bob", 1, NOW + 40_000)], now=NOW + 30_000)
+        await send(store, CONV, "alice", text(2), now=NOW)
+        assert await store.next_due_ms() == NOW + 40_000

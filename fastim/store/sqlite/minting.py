@@ -14,6 +14,7 @@ from typing import Final
 
 from fastim.errors import StoreUnavailable
 from fastim.model import EPOCH_MS, MAX_SAFE_INT, MSG_ID_COUNTER_BITS, MSG_ID_SHARD_BITS
+from fastim.store.sqlite.files import Sql
 
 MS_SHIFT: Final = MSG_ID_SHARD_BITS + MSG_ID_COUNTER_BITS
 SHARD_MASK: Final = ((1 << MSG_ID_SHARD_BITS) - 1) << MSG_ID_COUNTER_BITS
@@ -30,6 +31,8 @@ class Minter:
 
     def __init__(self) -> None:
         self.last = 0
+        self.ahead_ms = 0
+        """How many ms ids have been ahead of the clock at most, or more; 0 = look it up again."""
 
     def advance(self, now_ms: int) -> int:
         """The id before the next one, for a clock that says now_ms. Raises StoreUnavailable."""
@@ -50,3 +53,10 @@ class Minter:
         if last > MAX_SAFE_INT:
             raise StoreUnavailable(f"the next message id would be {last:,}; limit {MAX_SAFE_INT:,}")
         self.last = last
+
+    def note_ahead(self, sql: Sql, now_ms: int) -> None:
+        """Keep `ahead` true for what was just minted at now_ms. Written when it doubles."""
+        ahead_ms = (self.last >> MS_SHIFT) + EPOCH_MS - now_ms
+        if ahead_ms > self.ahead_ms:
+            self.ahead_ms = 1 << ahead_ms.bit_length()
+            sql.run("UPDATE meta SET value = max(value, ?) WHERE name = 'ahead'", (self.ahead_ms,))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastim.errors import PeerError
-from fastim.model import Message, SkipReason, is_expired
+from fastim.model import EPOCH_MS, Message, SkipReason, is_expired
 from fastim.store.base import Gap, StreamPage
 from fastim.store.sqlite.files import Sql
-from fastim.store.sqlite.names import EPOCH, Names, Span
+from fastim.store.sqlite.minting import MS_SHIFT
+from fastim.store.sqlite.names import EPOCH, FOREVER, Names, Span
 
 _COLUMNS: Final = (
     "conv, seq, msg_id, cseq, sender, client_id, kind, flags, ts_ms, loss_time_ms, body, mentions, recalled"
 )
+_ID_AT: Final = "SELECT msg_id FROM message WHERE conv = ? AND seq = ?"
 _MOST_READ: Final = 1_000
 """Rows of one page of history or scan, whatever is asked for."""
 
@@ -94,18 +96,20 @@ class Rows:
         spans = self._names.spans(user, conv)
         if not spans:
             raise forbidden(user, conv)
+        conv_id = self._names.conv_id(conv)
         rising = bool(after_seq) and not before_seq
         limit = min(max(limit, 1), _MOST_READ)
-        where = ["conv = ?", "seq > ?", "NOT recalled", "(loss_time_ms = 0 OR loss_time_ms >= ?)"]
-        args: list[int] = [self._names.conv_id(conv), after_seq, now_ms]
-        for condition, value in (("seq < ?", before_seq), ("ts_ms >= ?", from_ms), ("ts_ms <= ?", to_ms)):
-            if value:
-                where.append(condition)
-                args.append(value)
+        first, end = max(after_seq, 0) + 1, before_seq or FOREVER
+        if from_ms:
+            first = max(first, self._seq_at(conv_id, from_ms))
+        if to_ms:
+            ahead_ms = self._sql.value("SELECT value FROM meta WHERE name = 'ahead'")
+            end = min(end, self._seq_at(conv_id, to_ms + ahead_ms + 1))
         rows = self._sql.db.execute(
-            f"SELECT {_COLUMNS} FROM message WHERE {' AND '.join(where)}"
+            f"SELECT {_COLUMNS} FROM message WHERE conv = ? AND seq >= ? AND seq < ?"
+            " AND ts_ms BETWEEN ? AND ? AND NOT recalled AND (loss_time_ms = 0 OR loss_time_ms >= ?)"
             f" ORDER BY seq {'ASC' if rising else 'DESC'}",
-            args,
+            (conv_id, first, end, from_ms, to_ms or FOREVER, now_ms),
         )
         found: list[Message] = []
         for row in rows:
@@ -115,6 +119,25 @@ class Rows:
                 return (found if rising else found[::-1]), True
             found.append(self.message(row))
         return (found if rising else found[::-1]), False
+
+    def _seq_at(self, conv: int, wall_ms: int) -> int:
+        """The first seq whose id was minted at wall_ms or later. O(log messages).
+
+        The time in an id is never before ts_ms, and at most `ahead` after it, so both ends of a time range
+        are found without reading what lies outside.
+        """
+        low, high = 1, self.head(conv) + 1
+        bound = (wall_ms - EPOCH_MS) << MS_SHIFT
+        while low < high:
+            middle = (low + high) // 2
+            if (
+                self._sql.value("SELECT msg_id FROM message WHERE conv = ? AND seq = ?", (conv, middle))
+                < bound
+            ):
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def newest(self, conv: int, spans: tuple[Span, ...], now_ms: int) -> Message | None:
         """What a conversation list shows: the newest of the last 100 that is no control event and visible."""

@@ -145,12 +145,12 @@ class SqliteStore:
 
     # -------------------------------------------------------------------------------------------- two ways in
 
-    async def _write(self, work: Callable[[Writer], T]) -> T:
+    async def _write(self, work: Callable[[Writer], T], now_ms: int = 0) -> T:
         self._check_open()
         writer = self._writer
         if writer is None:
             raise UsageError(f"{self._directory} was opened read-only")
-        return await writer.call(lambda: work(writer))
+        return await writer.call(lambda: work(writer), now_ms)
 
     async def _read(self, work: Callable[[Reader], T]) -> T:
         self._check_open()
@@ -168,7 +168,7 @@ class SqliteStore:
     # ----------------------------------------------------------------------------------------------- timeline
 
     async def append(self, frames: Sequence[base.AppendFrame], now_ms: int) -> list[base.AppendedFrame]:
-        return await self._write(lambda w: w.timeline.append(frames, now_ms))
+        return await self._write(lambda w: w.timeline.append(frames, now_ms), now_ms)
 
     async def stream(
         self, user: str, conv: str, after_seq: int, now_ms: int, *, limit: int, max_bytes: int
@@ -231,10 +231,10 @@ class SqliteStore:
     # ---------------------------------------------------------------------------------------- marks and fates
 
     async def flush(self, flush: base.Flush) -> base.FlushResult:
-        return await self._write(lambda w: w.duties.flush(flush))
+        return await self._write(lambda w: w.duties.flush(flush), flush.now_ms)
 
     async def read(self, user: str, conv: str, seq: int, now_ms: int) -> tuple[int, int]:
-        return await self._write(lambda w: _read_mark(w, user, conv, seq, now_ms))
+        return await self._write(lambda w: _read_mark(w, user, conv, seq, now_ms), now_ms)
 
     async def unread(self, user: str, conv: str | None = None) -> tuple[int, list[tuple[str, int]]]:
         return await self._read(lambda r: r.of_user(user, lambda tail: r.lists.unread(user, conv, tail)))
@@ -249,23 +249,23 @@ class SqliteStore:
         return self._writer.next_due_ms if self._writer is not None else 0
 
     async def claim_due(self, holder: str, now_ms: int, claim_ms: int, limit: int) -> list[base.DueRow]:
-        return await self._write(lambda w: w.duties.claim(holder, now_ms, claim_ms, limit))
+        return await self._write(lambda w: w.duties.claim(holder, now_ms, claim_ms, limit), now_ms)
 
     async def fire_due(self, holder: str, firings: Sequence[base.DueFiring], now_ms: int) -> list[bool]:
-        return await self._write(lambda w: w.duties.fire(holder, firings, now_ms))
+        return await self._write(lambda w: w.duties.fire(holder, firings, now_ms), now_ms)
 
     async def park(self, parks: Sequence[base.Park], now_ms: int) -> list[bool]:
-        return await self._write(lambda w: w.duties.park(parks, now_ms))
+        return await self._write(lambda w: w.duties.park(parks, now_ms), now_ms)
 
     async def next_push_ms(self) -> int:
         self._check_open()
         return self._writer.next_push_ms if self._writer is not None else 0
 
     async def claim_push(self, holder: str, now_ms: int, claim_ms: int, limit: int) -> list[base.PushRow]:
-        return await self._write(lambda w: w.push.claim(holder, now_ms, claim_ms, limit))
+        return await self._write(lambda w: w.push.claim(holder, now_ms, claim_ms, limit), now_ms)
 
     async def finish_push(self, holder: str, row: base.PushRow, now_ms: int, *, retry_at_ms: int) -> None:
-        await self._write(lambda w: w.push.finish(holder, row, now_ms, retry_at_ms))
+        await self._write(lambda w: w.push.finish(holder, row, now_ms, retry_at_ms), now_ms)
 
     # ------------------------------------------------------------------------------------- recovery and audit
 
@@ -294,13 +294,13 @@ class SqliteStore:
     # ------------------------------------------------------------------------------------- groups and devices
 
     async def create_group(self, group: str, owner: str, members: Sequence[str], now_ms: int) -> int:
-        return await self._write(lambda w: w.groups.create(group, owner, members, now_ms))
+        return await self._write(lambda w: w.groups.create(group, owner, members, now_ms), now_ms)
 
     async def members(self, conv: str) -> list[base.Member]:
         return await self._read(lambda r: r.names.members(conv))
 
     async def register_device(self, user: str, device: str, device_class: str, now_ms: int) -> base.Device:
-        return await self._write(lambda w: w.devices.register(user, device, device_class, now_ms))
+        return await self._write(lambda w: w.devices.register(user, device, device_class, now_ms), now_ms)
 
     async def devices(self, user: str) -> list[base.Device]:
         return await self._read(lambda r: r.devices.of(user))
@@ -311,7 +311,7 @@ class SqliteStore:
         return await self._write(lambda w: w.nodes.next_boot(node))
 
     async def fence(self, node: str, boot: int, holder: str, now_ms: int, claim_ms: int) -> bool:
-        return await self._write(lambda w: w.nodes.fence(node, boot, holder, now_ms, claim_ms))
+        return await self._write(lambda w: w.nodes.fence(node, boot, holder, now_ms, claim_ms), now_ms)
 
     async def fenced(self, node: str, boot: int) -> bool:
         return await self._read(lambda r: r.nodes.fenced(node, boot))

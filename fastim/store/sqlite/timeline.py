@@ -76,6 +76,7 @@ class Timeline:
         del self._touched[touched:]
         self._rows.clear()
         self._reads.clear()
+        self._minter.ahead_ms = 0
 
     # ------------------------------------------------------------------------------------------- append
 
@@ -127,6 +128,7 @@ class Timeline:
             results.append(AppendedFrame(conv.name, conv.epoch, tuple(items), conv.members))
         self._insert()
         self._minter.keep(last)
+        self._minter.note_ahead(self._sql, now_ms)
         if self._reads:
             move_marks(self._sql, self._minter, self._reads, now_ms)
             self._reads.clear()

@@ -39,6 +39,9 @@ T = TypeVar("T")
 
 GROUP_CALLS: Final = 256
 """Calls of one transaction: what one caller waits for on behalf of the others."""
+CLOCK_STEP_MS: Final = 60_000
+"""A wall clock that is so far behind what callers said before has been set back. Callers that waited for a
+slow disk say old moments too, so this is more than they wait."""
 
 
 class Runner(Protocol):
@@ -94,10 +97,11 @@ def _finish(future: asyncio.Future[Any], result: Any, error: BaseException | Non
 class Call:
     """One call of the port on its way through a group."""
 
-    __slots__ = ("error", "future", "result", "work")
+    __slots__ = ("error", "future", "now_ms", "result", "work")
 
-    def __init__(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+    def __init__(self, work: Callable[[], Any], future: asyncio.Future[Any], now_ms: int) -> None:
         self.work = work
+        self.now_ms = now_ms
         self.future = future
         self.result: Any = None
         self.error: BaseException | None = None
@@ -142,15 +146,20 @@ class Writer:
         sql = self.sql
         meta = dict(sql.rows("SELECT name, value FROM meta"))
         self.minter.last = max(self.ledger.head_msg_id(), meta["minted"])
+        self.minter.ahead_ms = meta["ahead"]
+        self._latest_ms = sql.value("SELECT ts_ms FROM message ORDER BY msg_id DESC LIMIT 1") or 0
         self.tail.load(sql, self.names, meta["projected"], self.minter.last)
 
     # ------------------------------------------------------------------------------------- from the loop
 
-    async def call(self, work: Callable[[], T]) -> T:
-        """Run work inside the next group; its result once that is committed. Raises StoreUnavailable."""
+    async def call(self, work: Callable[[], T], now_ms: int = 0) -> T:
+        """Run work inside the next group; its result once that is committed. Raises StoreUnavailable.
+
+        now_ms: what the caller says the time is, 0 if he says nothing.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.append(Call(work, future))
+        self._queue.append(Call(work, future, now_ms))
         if self._task is None:
             self._task = loop.create_task(self._turn(), name="store.writer")
         return await future
@@ -190,6 +199,7 @@ class Writer:
         sql.run("BEGIN IMMEDIATE")
         project = self._projector.wanted()
         alone = len(calls) == 1 and not project
+        latest_ms = self._follow_clock(calls)
         for call in calls:
             self._one(call, alone)
         projected: list[Dirty] = []
@@ -205,6 +215,28 @@ class Writer:
         self.timeline.kept()
         self.names.kept()
         self.next_due_ms, self.next_push_ms = next_due_ms, next_push_ms
+        self._latest_ms = latest_ms
+
+    def _follow_clock(self, calls: list[Call]) -> int:
+        """The newest moment that was heard of.
+
+        Due rows, pushes and claims move back with a clock that was set back: who was to be told in a second
+        is not told in a year.
+        """
+        heard = [call.now_ms for call in calls if call.now_ms]
+        if not heard:
+            return self._latest_ms
+        back_ms = self._latest_ms - min(heard)
+        if back_ms <= CLOCK_STEP_MS:
+            return max(self._latest_ms, *heard)
+        for sql in (
+            "UPDATE due SET due_at_ms = due_at_ms - ?1, ready_ms = ready_ms - ?1",
+            "UPDATE push SET ready_ms = ready_ms - ?1, last_ms = max(last_ms - ?1, 0),"
+            " idle_ms = idle_ms - ?1, again_ms = max(again_ms - ?1, 0)",
+            "UPDATE fence SET claim_until_ms = claim_until_ms - ?1",
+        ):
+            self.sql.run(sql, (back_ms,))
+        return max(heard)
 
     def _one(self, call: Call, alone: bool) -> None:
         """Run a call; if it fails, undo it alone. Raises apsw.Error if that is impossible."""
