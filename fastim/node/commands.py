@@ -299,7 +299,12 @@ class Commands:
             # Names of conversations cost a client nothing, so it could invent them faster than they are read.
             detail = f"{waiting:,} conversations wait to be streamed; limit {self._limits.pulls_waiting:,}"
             raise PeerError("busy", detail, retryable=True, retry_after_ms=1_000)
-        session.put_behind(found.conv, 0, found.from_seq - 1, dup=True)
+        heard = session.put_behind(found.conv, 0, found.from_seq - 1, dup=True)
+        if heard.position != found.from_seq - 1:
+            # The client has what is below, acknowledged or not: what it holds above keeps its ACK back.
+            # From the cursor the same window would be repeated for ever.
+            heard.position = found.from_seq - 1
+            heard.version += 1
         observe.BEHIND.labels("pull").inc()
         self._catchup.wake(session)
 

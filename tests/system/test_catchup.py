@@ -374,6 +374,25 @@ async def test_a_pull_beyond_the_head_ends_and_leaves_the_conversation_live(tmp_
         bob.ack()
 
 
+async def test_a_pull_begins_where_it_says_though_the_cursor_is_below(tmp_path: Path) -> None:
+    """1-2 are stored and 4 is held, so nothing can be acknowledged by tag; 3 never came."""
+    async with node_world(tmp_path, window_messages=2, idle_ms=10**7, slow_ms=10**7) as w:
+        await w.known("alice")
+        bob = await w.level("bob")
+        messages = await w.append(CONV, "alice", b"1", b"2", b"3", b"4")
+        await w.deliver(messages[:2], "bob")
+        await w.pass_ms(8_250)
+        await w.inbox(Nudge("bob", CONV, 1))
+        bob.forget()
+        bob.say(Pull(CONV, 3, 3))
+        await w.pass_ms(8_250)
+        bob.say(Pull(CONV, 3, 3))
+        await w.quiet()
+        assert bob.seqs()[-2:] == [3, 4]
+        await ack_all(w, bob)
+        assert await w.cursor("bob", CONV) == 4
+
+
 async def test_pulls_of_invented_conversations_are_bounded(tmp_path: Path) -> None:
     async with node_world(tmp_path, window_messages=1, pulls_waiting=8) as w:
         await w.known("alice", "bob")
