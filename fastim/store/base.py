@@ -1,6 +1,8 @@
 """The store port: the timeline, the cursors, and every durable fact about an obligation.
 
-The store is the truth. An obligation is (message, user) for every member at that seq except the sender.
+The store is the truth. An obligation is (message, user) for every member at that seq except the sender;
+control events (kind >= 32) carry none, though they are streamed and moved over by cursors. It is open while it lies above the furthest
+cursor of the user's devices, no fate row but PARKED covers it, and its deadline has not passed.
 tests/contract/store.py proves these promises against every implementation:
 
 S1   seq = last + 1 per conversation, no holes, under concurrency
@@ -240,7 +242,11 @@ class DueRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class DueFiring(msgspec.Struct, frozen=True, gc=False):
-    """dispatch decided to nudge: count the attempt, fire again at next_due_ms unless cleared before."""
+    """dispatch decided to nudge: count the attempt, fire again at next_due_ms unless cleared before.
+
+    attempt: the claimed row's + 1, or the same for a wait. If the cursor moved since the claim, a nudge
+    is the first again.
+    """
 
     user: str
     conv: str
@@ -251,6 +257,8 @@ class DueFiring(msgspec.Struct, frozen=True, gc=False):
 class Park(msgspec.Struct, frozen=True, gc=False):
     """Park every open obligation of the user in from_seq..to_seq and delete the due row.
 
+    What the due row covers below from_seq is parked with it; what it covers above to_seq keeps it. An
+    obligation that is parked already stays as it is, and rings nobody again.
     push: also upsert the push row, not before push_at_ms, and not within collapse_ms of the last push
     for the same (user, conv); a push inside the window waits for its end.
     """
@@ -382,7 +390,10 @@ class MessageStore(Protocol):
     async def stream(
         self, user: str, conv: str, after_seq: int, now_ms: int, *, limit: int, max_bytes: int
     ) -> StreamPage:
-        """What lies above after_seq for this user (S7). At least one entry unless level."""
+        """What lies above after_seq for this user (S7). At least one entry unless level.
+
+        limit counts seqs. Raises PeerError("forbidden") as history does, and so do position and read.
+        """
         ...
 
     async def history(
@@ -399,6 +410,8 @@ class MessageStore(Protocol):
     ) -> tuple[list[Message], bool]:
         """A page in seq order and whether there is more; only what the user may see, expired ones left out.
 
+        The newest below before_seq, or with only after_seq the oldest above it; 0 = unbounded. from_ms and
+        to_ms both included.
         Raises PeerError("forbidden") for a conversation the user is not in, the same for one that is not.
         """
         ...
@@ -442,7 +455,7 @@ class MessageStore(Protocol):
         ...
 
     async def unread(self, user: str, conv: str | None = None) -> tuple[int, list[tuple[str, int]]]:
-        """(badge, [(conv, unread > 0)])."""
+        """(badge, [(conv, unread > 0)]); with `conv` the list holds only that one."""
         ...
 
     async def recount(self, user: str) -> list[tuple[str, int, int]]:
@@ -451,7 +464,8 @@ class MessageStore(Protocol):
 
     # -- due rows and push
     async def next_due_ms(self) -> int:
-        """The earliest due_at_ms of an unclaimed due row, 0 if none. Cheap: no transaction."""
+        """The earliest moment at which a due row may be claimed, 0 if none: its due_at_ms, or the end of the
+        claim on it. Cheap: no transaction."""
         ...
 
     async def claim_due(self, holder: str, now_ms: int, claim_ms: int, limit: int) -> list[DueRow]:
