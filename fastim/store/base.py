@@ -2,8 +2,8 @@
 
 The store is the truth. An obligation is (message, user) for every member at that seq except the sender;
 control events (kind >= 32) carry none, though they are streamed and moved over by cursors. It is open while
-it lies above the furthest cursor of the user's devices, no fate row but PARKED covers it, and its deadline has
-not passed.
+it lies above the furthest cursor of the user's devices, no fate row but PARKED covers it, and its deadline
+has not passed.
 tests/contract/store.py proves these promises against every implementation:
 
 S1   seq = last + 1 per conversation, no holes, under concurrency
