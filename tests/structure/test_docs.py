@@ -181,3 +181,13 @@ def test_every_test_that_a_module_names_exists(source: Path) -> None:
 def test_every_decision_is_listed() -> None:
     listed = set(LINK.findall((ROOT / "docs" / "adr" / "README.md").read_text()))
     assert listed == {path.name for path in (ROOT / "docs" / "adr").glob("[0-9]*.md")}
+
+
+def test_every_decision_that_a_file_names_exists() -> None:
+    numbers = {path.name[:4] for path in (ROOT / "docs" / "adr").glob("[0-9]*.md")}
+    named = {
+        number: str(source.relative_to(ROOT))
+        for source in [*SOURCES, *DOCUMENTS, *(ROOT / "fastim").rglob("*.sql")]
+        for number in re.findall(r"adr/([0-9]{4})", source.read_text())
+    }
+    assert {number: where for number, where in named.items() if number not in numbers} == {}
