@@ -311,7 +311,7 @@ class Run:
 
 
 @pytest.mark.parametrize("lossy", [False, True])
-@pytest.mark.parametrize("seed", range(300, 560))
+@pytest.mark.parametrize("seed", range(10))
 async def test_whatever_happens_every_device_comes_level(tmp_path: Path, seed: int, lossy: bool) -> None:
     rng = random.Random(seed * 2 + lossy)
     async with node_world(
