@@ -18,11 +18,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import msgspec
-
 from fastim import observe
 from fastim.bus.base import SUBMIT, Bus, Outgoing, Reader, Record, inbox_topic
-from fastim.bus.records import Reply, Submit, decode_inbox, encode
+from fastim.bus.records import MALFORMED, Reply, Submit, decode_inbox, encode
 from fastim.errors import BusUnavailable, InternalError, PeerError
 from fastim.protocol import SendItem, SentItem
 
@@ -126,7 +124,7 @@ class Ingress:
     def _take(self, record: Record) -> None:
         try:
             reply = decode_inbox(record.value)
-        except msgspec.MsgspecError:
+        except MALFORMED:
             return  # of another version; its caller repeats
         if isinstance(reply, Reply):
             future = self._waiting.get(reply.session)

@@ -22,12 +22,20 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import msgspec
-
 from fastim import observe
 from fastim._core.acks import AckTable
 from fastim.bus.base import Reader, Record
-from fastim.bus.records import Deliver, InboxRecord, Kick, Mark, Nudge, Refusal, Reply, decode_inbox
+from fastim.bus.records import (
+    MALFORMED,
+    Deliver,
+    InboxRecord,
+    Kick,
+    Mark,
+    Nudge,
+    Refusal,
+    Reply,
+    decode_inbox,
+)
 from fastim.clock import Clock
 from fastim.errors import PeerError, UsageError
 from fastim.model import FIRST_EVENT_KIND, Fate, Message, is_expired
@@ -101,7 +109,7 @@ class Delivery:
         """One record. Settles it at once when nothing is to be waited for."""
         try:
             found: InboxRecord = decode_inbox(record.value)
-        except msgspec.MsgspecError:
+        except MALFORMED:
             self.malformed += 1
             reader.settle(record)
             return
