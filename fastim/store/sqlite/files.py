@@ -29,7 +29,7 @@ BUSY_MS: Final = 2_000
 WRITER_CACHE_KIB: Final = 65_536
 READER_CACHE_KIB: Final = 16_384
 CHECKPOINT_PAGES: Final = 4_000
-"""16 MiB of log: a hot page is written back once per so many; a start after a crash reads at most that."""
+"""16 MiB of log: a hot page is written back once per so many; a start after a crash reads about that."""
 
 _PERMANENT_IO: Final = frozenset({apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_IOERR_DATA})
 
@@ -133,7 +133,7 @@ def open_writer(directory: Path, vfs: str, synchronous: str) -> apsw.Connection:
         for pragma in (
             "journal_mode = wal",
             f"synchronous = {synchronous}",
-            f"wal_autocheckpoint = {CHECKPOINT_PAGES}",
+            "wal_autocheckpoint = 0",
             f"journal_size_limit = {CHECKPOINT_PAGES * 4 * 4_096}",
             f"cache_size = -{WRITER_CACHE_KIB}",
         ):

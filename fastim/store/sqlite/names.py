@@ -15,22 +15,23 @@ from fastim.store.sqlite.files import Sql
 K = TypeVar("K")
 V = TypeVar("V")
 
-CACHED_NAMES: Final = 100_000
-CACHED_CONVS: Final = 50_000
+CACHED_NAMES: Final = 32_768
+CACHED_CONVS: Final = 32_768
+"""A group counts as one more for every 16 members."""
 EPOCH: Final = 1
 FOREVER: Final = 1 << 62
 
 
 class Cache(Generic[K, V]):
-    """A bounded dict: what was not asked for during the last `capacity` insertions may be gone.
+    """A bounded dict: what was not asked for while `capacity` others came in may be gone.
 
     Two generations instead of an ordered dict: a hit in the young one costs one look-up and no write.
     """
 
-    __slots__ = ("_capacity", "_old", "young")
+    __slots__ = ("_capacity", "_old", "_room", "young")
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        self._capacity = self._room = capacity
         self.young: dict[K, V] = {}
         self._old: dict[K, V] = {}
 
@@ -39,13 +40,16 @@ class Cache(Generic[K, V]):
         if found is None:
             found = self._old.get(key)
             if found is not None:
+                del self._old[key]
                 self.put(key, found)
         return found
 
-    def put(self, key: K, value: V) -> None:
-        if len(self.young) >= self._capacity:
+    def put(self, key: K, value: V, weight: int = 1) -> None:
+        if self._room < weight and self.young:
             self._old = self.young
             self.young = {}
+            self._room = self._capacity
+        self._room -= weight
         self.young[key] = value
 
     def drop(self, key: K) -> None:
@@ -262,7 +266,7 @@ class Names:
                 )
             )
         found = Conv(row[0], name, row[1], people)
-        self.convs.put(name, found)
+        self.convs.put(name, found, 1 + len(people) // 16)
         return found
 
     def open_conv(self, name: str) -> Conv:

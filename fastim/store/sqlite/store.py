@@ -8,6 +8,7 @@ or in a simulation whatever runs the work inline.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +34,8 @@ T = TypeVar("T")
 class Reader:
     """The connection that reads."""
 
-    def __init__(self, db: apsw.Connection, tail: Tail) -> None:
+    def __init__(self, db: apsw.Connection, tail: Tail, gate: threading.Lock) -> None:
+        self._gate = gate
         self.sql = sql = files.Sql(db)
         self.names = names = Names(sql)
         self.rows = Rows(sql, names)
@@ -44,11 +46,12 @@ class Reader:
 
     def snapshot(self, work: Callable[[], T]) -> T:
         """All statements of one call see one state."""
-        self.sql.run("BEGIN")
-        try:
-            return work()
-        finally:
-            self.sql.run("ROLLBACK")
+        with self._gate:
+            self.sql.run("BEGIN")
+            try:
+                return work()
+            finally:
+                self.sql.run("ROLLBACK")
 
     def of_user(self, user: str, work: Callable[[tuple[list[Changed], int]], T]) -> T:
         """The same for reads of the change index: the tail first, the snapshot second (tail.py, C1)."""
@@ -69,6 +72,7 @@ class SqliteStore:
         self._run_write: Runner = runner or self._thread("store.write")
         self._run_read: Runner = runner or self._thread("store.read")
         self._tail = Tail()
+        self._gate = threading.Lock()
         self._lock: files.DirectoryLock | None = None
         self._writer: Writer | None = None
         self._reader: Reader | None = None
@@ -113,11 +117,13 @@ class SqliteStore:
     def _open(self, vfs: str, synchronous: str) -> None:
         files.make_directory(self._directory)
         self._lock = files.DirectoryLock(self._directory)
-        self._writer = Writer(self._directory, vfs, synchronous, self._tail, self._run_write)
-        self._reader = Reader(files.open_reader(self._directory, vfs), self._tail)
+        self._writer = Writer(self._directory, vfs, synchronous, self._tail, self._run_write, self._gate)
+        self._reader = Reader(files.open_reader(self._directory, vfs), self._tail, self._gate)
 
     def _open_beside(self, vfs: str) -> None:
-        self._reader = reader = Reader(files.open_reader(self._directory, vfs, beside=True), self._tail)
+        self._reader = reader = Reader(
+            files.open_reader(self._directory, vfs, beside=True), self._tail, self._gate
+        )
         newest = migrations.steps("sqlite")[-1].version
         files.check_version(files.schema_version(reader.sql.db), newest, oldest=newest)
         meta = dict(reader.sql.rows("SELECT name, value FROM meta"))

@@ -30,8 +30,8 @@ from fastim.store.sqlite.unread import count_own, refresh_base
 
 PROJECT_MESSAGES: Final = 50_000
 """A round begins when so many messages are not projected: what a start has to scan."""
-PROJECT_CONVS: Final = 16_384
-"""Or so many conversations: the memory of the tail."""
+PROJECT_ROWS: Final = 65_536
+"""Or so many rows would be written: the memory of the tail."""
 SLICE_ROWS: Final = 512
 """Rows of user_conv that one transaction takes along, a few ms."""
 
@@ -72,6 +72,8 @@ class Tail:
         self._pending: list[tuple[Conv, int, int, int, int, int, int]] = []
         self.dirty: dict[int, Dirty] = {}
         self.messages = 0
+        self.rows = 0
+        """Rows of user_conv that wait."""
         self._by_person: dict[int, set[int]] = {}
         self._groups: set[int] = set()
         self.clock = 0
@@ -112,6 +114,7 @@ class Tail:
 
     def _enter(self, entry: Dirty) -> Dirty:
         self.dirty[entry.conv] = entry
+        self.rows += len(entry.people)
         if entry.group:
             self._groups.add(entry.conv)
         else:
@@ -121,6 +124,7 @@ class Tail:
 
     def _drop(self, entry: Dirty) -> None:
         del self.dirty[entry.conv]
+        self.rows -= len(entry.people)
         if entry.group:
             self._groups.discard(entry.conv)
             return
@@ -185,7 +189,7 @@ class Projector:
     def wanted(self) -> bool:
         """Whether the next transaction should take a slice along."""
         tail = self._tail
-        return bool(self._queue) or tail.messages >= PROJECT_MESSAGES or len(tail.dirty) >= PROJECT_CONVS
+        return bool(self._queue) or tail.messages >= PROJECT_MESSAGES or tail.rows >= PROJECT_ROWS
 
     def slice(self) -> list[Dirty]:
         """Write the rows of some conversations. Nothing is forgotten before done()."""

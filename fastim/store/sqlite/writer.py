@@ -7,6 +7,7 @@ G1  a call that fails undoes itself and nobody else
 G2  a COMMIT that fails fails every call of the group, and what they left in memory (heads, names, the tail)
     is forgotten; whatever state SQLite is in then, the next group starts clean
 G3  a result is given only after the COMMIT returned, and the tail knows it by then (Store.S8)
+G4  the log is copied back after results were given, and stays bounded however busy the reader is
     tests/contract/test_store_sqlite.py
 """
 
@@ -114,10 +115,19 @@ class Writer:
     """The connection that writes, and all that it remembers. Everything but `call` runs in its runner."""
 
     def __init__(
-        self, directory: Path, vfs: str, synchronous: str, tail: Tail, run: Callable[..., Awaitable[Any]]
+        self,
+        directory: Path,
+        vfs: str,
+        synchronous: str,
+        tail: Tail,
+        run: Callable[..., Awaitable[Any]],
+        gate: threading.Lock,
     ) -> None:
+        """gate: held by the reader during each snapshot."""
         self._files = (directory, vfs, synchronous)
         self._run = run
+        self._gate = gate
+        self._log_pages = 0
         self._queue: list[Call] = []
         self._task: asyncio.Task[None] | None = None
         self._broken = False
@@ -127,6 +137,7 @@ class Writer:
         except BaseException:
             sql.db.close(True)
             raise
+        sql.db.set_wal_hook(self._note_log)
         self.tail = tail
         self.names = names = Names(sql)
         self.minter = Minter()
@@ -169,6 +180,8 @@ class Writer:
             while self._queue:
                 for call in await self._run(self._group):
                     call.deliver()
+                if self._log_pages >= files.CHECKPOINT_PAGES:
+                    await self._run(self._checkpoint)
         finally:
             self._task = None
 
@@ -276,7 +289,25 @@ class Writer:
             with contextlib.suppress(apsw.Error):
                 self.sql.db.close(True)
             self.sql.db = files.open_writer(*self._files)
+            self.sql.db.set_wal_hook(self._note_log)
             self._broken = False
+
+    def _note_log(self, _db: apsw.Connection, _name: str, pages: int) -> int:
+        self._log_pages = pages
+        return apsw.SQLITE_OK
+
+    def _checkpoint(self) -> None:
+        """Copy the log back into the database; what a snapshot still needs stays.
+
+        A reader that is never idle would let the log grow for ever: beyond twice the wanted length, the
+        reader waits for the copy. Errors are the next commit's.
+        """
+        self._log_pages = 0
+        with contextlib.suppress(apsw.Error):
+            pages, copied = self.sql.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            if copied < pages and pages > 2 * files.CHECKPOINT_PAGES:
+                with self._gate:
+                    self.sql.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 
     def close(self) -> None:
         with contextlib.suppress(apsw.Error):
