@@ -102,8 +102,9 @@ class Delivery:
             wall_ms, mono_ms = self._clock.wall_ms(), self._clock.mono_ms()
             for record in records:
                 self.take(reader, record, wall_ms, mono_ms)
-            # A reader with a backlog never waits: acks must be read, or every window is full for nothing.
-            await asyncio.sleep(0)
+            if len(records) == self._limits.inbox_batch:
+                # A reader with a backlog never waits: acks must be read, or every window is full for nothing.
+                await asyncio.sleep(0)
 
     def take(self, reader: Reader, record: Record, wall_ms: int, mono_ms: int) -> None:
         """One record. Settles it at once when nothing is to be waited for."""

@@ -132,7 +132,8 @@ class Handshake:
         """A session with this link, attached in presence."""
         user, device = identity.user, auth.device
         since = auth.user_cursor
-        if self._known(auth, user) is None:
+        hot = self._known(auth, user) is not None
+        if not hot:
             now_ms = self._clock.wall_ms()
             known_device = await self._store.register_device(user, device, auth.device_class, now_ms)
             # The device may have stored a LEVEL whose ack died with its node, and so did the acks before it:
@@ -142,7 +143,8 @@ class Handshake:
         if link.closed:
             raise PresenceUnavailable("the connection ended before its session began")
         known = self._known(auth, user)
-        hot = known is not None
+        if hot and known is None:
+            raise PresenceUnavailable("the session ended while it was resumed")
         older = self._pool.of_device(user, device)
         if older is not None:
             self._supersede(older)

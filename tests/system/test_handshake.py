@@ -705,6 +705,22 @@ async def test_a_session_that_is_lost_while_it_registers_is_detached(tmp_path: P
         assert (await w.online("bob"), w.node.connections, peer.of(Hello)) == ([], 0, [])
 
 
+async def test_a_session_that_ends_while_it_is_resumed_is_asked_to_come_again(tmp_path: Path) -> None:
+    """Only a cold login reads how far the device's LEVEL is durable."""
+    async with node_world(tmp_path) as w:
+        bob = await pair(w)
+        bob.vanish()
+        await w.quiet()
+        w.presence.hold("locate")
+        peer = w.dial()
+        w.auth(peer, "bob", session=bob.hello.session, tag=1, user_cursor=10**15)
+        await until(lambda: w.presence.waiting, "the login is held")
+        w.node.handshake.kick(w.session_of(bob), CloseCode.KICKED, "policy")
+        w.presence.let_go("locate")
+        await w.quiet()
+        assert (peer.close_code, peer.of(Hello), w.node.sessions) == (CloseCode.TRY_LATER, [], 0)
+
+
 async def test_a_token_that_ends_closes_its_connection_and_its_session(tmp_path: Path) -> None:
     async with node_world(tmp_path) as w:
         ends_ms = w.clock.wall_ms() + 20_000
