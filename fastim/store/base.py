@@ -422,7 +422,7 @@ class MessageStore(Protocol):
         ...
 
     async def scan(self, after_msg_id: int, limit: int) -> list[Message]:
-        """Append order (S10)."""
+        """Append order (S10). A page may be shorter than asked for; an empty one is the end."""
         ...
 
     # -- catching up
@@ -513,7 +513,10 @@ class MessageStore(Protocol):
     async def obligations(
         self, after_msg_id: int, limit_messages: int, now_ms: int
     ) -> tuple[list[Obligation], int]:
-        """The next messages' obligations with their states, and the msg_id reached (0 = at the end)."""
+        """The next messages' obligations with their states, and the msg_id reached (0 = at the end).
+
+        A page may end before limit_messages.
+        """
         ...
 
     async def trace(self, msg_id: int, now_ms: int) -> Trace | None:

@@ -18,7 +18,7 @@ import pytest
 from fastim.errors import InternalError, PeerError, StoreUnavailable, UsageError
 from fastim.model import Message
 from fastim.store.base import AppendFrame, AppendStatus, MessageStore
-from fastim.store.sqlite import SqliteStore, files, tail
+from fastim.store.sqlite import SqliteStore, files, ledger, tail
 from fastim.store.sqlite.names import Cache
 from fastim.store.sqlite.writer import Writer
 from tests.contract.store import (
@@ -397,8 +397,10 @@ async def test_one_process_opens_a_directory_once(directory: Path) -> None:
 async def test_a_stopped_store_can_be_read(directory: Path) -> None:
     async with opened(directory) as store:
         await fill(store, 3)
+        await flush(store, due=[due("bob", 1, NOW + 7)])
     beside = await SqliteStore.open(directory, read_only=True)
     assert len(await states(beside)) == 3
+    assert (await beside.next_due_ms(), await beside.next_push_ms()) == (NOW + 7, 0)
     assert await beside.recount("bob") == []
     await beside.close()
     with pytest.raises(UsageError, match="no store"):
@@ -515,6 +517,23 @@ def test_a_cache_forgets_what_nobody_asks_for() -> None:
     assert cache.get(500) is None
     cache.put(7, 7, 1_000)
     assert cache.get(7) == 7
+
+
+async def test_an_audit_page_of_large_groups_ends_early_and_misses_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_MOST_OBLIGATIONS", 5)
+    async with opened(directory) as store:
+        await store.create_group("team", "alice", EVERYBODY, NOW)
+        await fill(store, 4, "g:team")
+        await fill(store, 3)
+        first, reached = await store.obligations(0, 100, NOW)
+        assert (len(first), reached != 0) == (6, True)
+        found = [*first]
+        while reached:
+            page, reached = await store.obligations(reached, 100, NOW)
+            found += page
+        assert len({(one.msg_id, one.user) for one in found}) == len(found) == 4 * 3 + 3
 
 
 async def test_the_acks_of_a_large_group_touch_few_pages(directory: Path) -> None:

@@ -43,10 +43,6 @@ class Duties:
         self._names = names
         self._push = push
 
-    def next_due_ms(self) -> int:
-        """The earliest moment a due row may be claimed, 0 if there is none."""
-        return int(self._sql.value("SELECT min(ready_ms) FROM due") or 0)
-
     # -------------------------------------------------------------------------------------------- flush
 
     def flush(self, flush: Flush) -> FlushResult:
@@ -137,7 +133,7 @@ class Duties:
     def _after_settling(self, touched: set[int], moved: set[int], flush: Flush) -> None:
         found = apsw.carray(array("q", touched))
         for pair, attempt in self._sql.rows(
-            "SELECT pair, attempt FROM carray(?) JOIN due ON pair = value ORDER BY pair", (found,)
+            "SELECT pair, attempt FROM carray(?) CROSS JOIN due ON pair = value ORDER BY pair", (found,)
         ):
             if self._clear(pair, flush.now_ms, flush.node) and attempt and pair in moved:
                 self._sql.run("UPDATE due SET attempt = 0 WHERE pair = ?", (pair,))

@@ -93,7 +93,7 @@ def add_fates(sql: Sql, rows: Iterable[Sequence[Any]]) -> None:
         seat, to_seq, fate, device, from_seq, *rest = row
         for first in range(from_seq, to_seq + 1, SPAN):
             ready.append((seat, min(first + SPAN - 1, to_seq), fate, device, first, *rest))
-    sql.many("INSERT OR IGNORE INTO fate VALUES (?, ?, ?, ?, ?, ?, ?, ?)", ready)
+    sql.many("INSERT INTO fate VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", ready)
 
 
 def owed(

@@ -15,6 +15,8 @@ from fastim.store.sqlite.rows import Rows
 _PARKED: Final = int(Fate.PARKED)
 _STATES: Final = {int(state): state for state in ObligationState}
 _MOST_MESSAGES: Final = 10_000
+_MOST_OBLIGATIONS: Final = 50_000
+"""Large groups make many of few messages: a page ends with the message that reaches this."""
 _OWED: Final = "msg_id, conv, seq, client_id, sender, kind, loss_time_ms"
 
 
@@ -97,11 +99,12 @@ class Ledger:
             f"SELECT {_OWED} FROM message WHERE msg_id > ? ORDER BY msg_id LIMIT ?",
             (after_msg_id, limit),
         )
-        reached = rows[-1][0] if len(rows) == limit else 0
-        return self._derive(rows, now_ms), reached
+        found, done = self._derive(rows, now_ms)
+        at_end = done == len(rows) < limit
+        return found, 0 if at_end else rows[done - 1][0]
 
-    def _derive(self, rows: list[Any], now_ms: int) -> list[Obligation]:
-        """One look-up of the claims per (user, conv) of the page."""
+    def _derive(self, rows: list[Any], now_ms: int) -> tuple[list[Obligation], int]:
+        """The obligations of the first rows, and of how many. One look-up of the claims per (user, conv)."""
         names = self._names
         mark = self.settled_mark()
         bounds: dict[int, tuple[int, int]] = {}
@@ -116,8 +119,10 @@ class Ledger:
                 for user in users
                 if (person := names.person(user))
             ]
-        found = []
-        for msg_id, conv, seq, client_id, sender, kind, loss_ms in rows:
+        found: list[Obligation] = []
+        for done, (msg_id, conv, seq, client_id, sender, kind, loss_ms) in enumerate(rows):
+            if len(found) >= _MOST_OBLIGATIONS:
+                return found, done
             if kind >= 32:
                 continue
             for person, user, claims in people[conv]:
@@ -134,7 +139,7 @@ class Ledger:
                             state,
                         )
                     )
-        return found
+        return found, len(rows)
 
     def trace(self, rows: Rows, msg_id: int, now_ms: int) -> Trace | None:
         sql, names = self._sql, self._names
@@ -142,7 +147,7 @@ class Ledger:
         if message is None:
             return None
         conv, seq = names.conv_id(message.conv), message.seq
-        obligations = self._derive(
+        obligations, _ = self._derive(
             sql.rows(
                 f"SELECT {_OWED} FROM message WHERE msg_id = ?",
                 (msg_id,),

@@ -27,6 +27,11 @@ _FORGET: Final = 100
 """Idle rows that one claim removes."""
 
 
+def earliest(sql: Sql, table: str) -> int:
+    """The earliest moment a row of `due` or `push` may be claimed, 0 if there is none."""
+    return int(sql.value(f"SELECT min(ready_ms) FROM {table} WHERE ready_ms IS NOT NULL") or 0)
+
+
 class PushBox:
     """The writer's."""
 
@@ -125,10 +130,6 @@ class PushBox:
             " idle_ms = min(last_ms, ?) + collapse_ms + ? WHERE pair = ?",
             (now_ms, _REMEMBER_MS, pair),
         )
-
-    def next_ms(self) -> int:
-        """The earliest moment a row may be claimed, 0 if there is none."""
-        return int(self._sql.value("SELECT min(ready_ms) FROM push WHERE ready_ms IS NOT NULL") or 0)
 
     def _pending(self, pair: int, now_ms: int, attempt: int, push_id: str) -> PushRow | None:
         """The newest open message and how many there are, None if nothing is open."""

@@ -23,6 +23,7 @@ from fastim.store.sqlite.ledger import Ledger
 from fastim.store.sqlite.lists import Lists
 from fastim.store.sqlite.names import Names
 from fastim.store.sqlite.people import Devices, Nodes
+from fastim.store.sqlite.push import earliest
 from fastim.store.sqlite.rows import Rows, forbidden
 from fastim.store.sqlite.tail import Changed, Tail
 from fastim.store.sqlite.unread import head_of, move_mark, row_of, unread_of
@@ -57,6 +58,12 @@ class Reader:
         """The same for reads of the change index: the tail first, the snapshot second (tail.py, C1)."""
         tail = self.lists.tail_of(user)
         return self.snapshot(lambda: work(tail))
+
+    def next_due_ms(self) -> int:
+        return earliest(self.sql, "due")
+
+    def next_push_ms(self) -> int:
+        return earliest(self.sql, "push")
 
     def close(self) -> None:
         with contextlib.suppress(apsw.Error):
@@ -252,7 +259,9 @@ class SqliteStore:
 
     async def next_due_ms(self) -> int:
         self._check_open()
-        return self._writer.next_due_ms if self._writer is not None else 0
+        if self._writer is None:
+            return await self._read(lambda r: r.next_due_ms())
+        return self._writer.next_due_ms
 
     async def claim_due(self, holder: str, now_ms: int, claim_ms: int, limit: int) -> list[base.DueRow]:
         return await self._write(lambda w: w.duties.claim(holder, now_ms, claim_ms, limit), now_ms)
@@ -265,7 +274,9 @@ class SqliteStore:
 
     async def next_push_ms(self) -> int:
         self._check_open()
-        return self._writer.next_push_ms if self._writer is not None else 0
+        if self._writer is None:
+            return await self._read(lambda r: r.next_push_ms())
+        return self._writer.next_push_ms
 
     async def claim_push(self, holder: str, now_ms: int, claim_ms: int, limit: int) -> list[base.PushRow]:
         return await self._write(lambda w: w.push.claim(holder, now_ms, claim_ms, limit), now_ms)

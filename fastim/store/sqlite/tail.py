@@ -223,7 +223,9 @@ class Projector:
         sql = self._sql
         pairs = array("q", [person << 32 | entry.conv for entry in taken for person in entry.people])
         found = apsw.carray(pairs)
-        heads = dict(sql.rows("SELECT pair, head FROM carray(?) JOIN user_conv ON pair = value", (found,)))
+        heads = dict(
+            sql.rows("SELECT pair, head FROM carray(?) CROSS JOIN user_conv ON pair = value", (found,))
+        )
         rows = []
         for entry in taken:
             for person in entry.people:
@@ -241,7 +243,8 @@ class Projector:
             rows,
         )
         lagging = sql.rows(
-            "SELECT pair FROM carray(?) JOIN user_conv ON pair = value WHERE read_seq > base_seq", (found,)
+            "SELECT pair FROM carray(?) CROSS JOIN user_conv ON pair = value WHERE read_seq > base_seq",
+            (found,),
         )
         for (pair,) in lagging:
             refresh_base(sql, pair)

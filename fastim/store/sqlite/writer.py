@@ -32,7 +32,7 @@ from fastim.store.sqlite.lists import Lists
 from fastim.store.sqlite.minting import Minter
 from fastim.store.sqlite.names import Names
 from fastim.store.sqlite.people import Devices, Groups, Nodes
-from fastim.store.sqlite.push import PushBox
+from fastim.store.sqlite.push import PushBox, earliest
 from fastim.store.sqlite.tail import Dirty, Projector, Tail
 from fastim.store.sqlite.timeline import Timeline
 
@@ -149,8 +149,8 @@ class Writer:
         self.devices = Devices(sql, names, tail)
         self.nodes = Nodes(sql)
         self._projector = Projector(sql, tail)
-        self.next_due_ms = self.duties.next_due_ms()
-        self.next_push_ms = self.push.next_ms()
+        self.next_due_ms = earliest(sql, "due")
+        self.next_push_ms = earliest(sql, "push")
         self._load()
 
     def _load(self) -> None:
@@ -218,7 +218,7 @@ class Writer:
         projected: list[Dirty] = []
         if project:
             projected = self._projector.slice()
-        next_due_ms, next_push_ms = self.duties.next_due_ms(), self.push.next_ms()
+        next_due_ms, next_push_ms = earliest(sql, "due"), earliest(sql, "push")
         if alone and calls[0].error is not None:
             sql.run("ROLLBACK")
             return
