@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
@@ -51,22 +50,36 @@ class SendRate:
         self._clock = clock
         self._per_ms = per_s / 1_000
         self._burst = float(burst)
-        self._buckets: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._buckets: dict[str, list[float]] = {}
+        """user -> [level, when that was]"""
+        self._most = _BUCKETS
 
     def take(self, user: str, count: int) -> int:
         """0: taken. Otherwise after how many ms there will be room; nothing was taken."""
-        now_ms = self._clock.mono_ms()
-        level, at_ms = self._buckets.get(user, (self._burst, now_ms))
-        level = min(self._burst, level + (now_ms - at_ms) * self._per_ms)
+        now_ms, burst = self._clock.mono_ms(), self._burst
+        bucket = self._buckets.get(user)
+        if bucket is None:
+            bucket = self._add(user, now_ms)
+        level = bucket[0] + (now_ms - bucket[1]) * self._per_ms
+        if level > burst:
+            level = burst
         # A frame larger than the burst passes when the bucket is full.
-        wanted = min(float(count), self._burst)
+        wanted = count if count < burst else burst
         if wanted - level > _DUST:
             return math.ceil((wanted - level - _DUST) / self._per_ms)
-        self._buckets[user] = (max(0.0, level - wanted), now_ms)
-        self._buckets.move_to_end(user)
-        if len(self._buckets) > _BUCKETS:
-            self._buckets.popitem(last=False)
+        bucket[0] = level - wanted if level > wanted else 0.0
+        bucket[1] = now_ms
         return 0
+
+    def _add(self, user: str, now_ms: int) -> list[float]:
+        """A full bucket. Others that have filled again say nothing and go: memory is for who sent lately."""
+        if len(self._buckets) >= self._most:
+            for name, (level, at_ms) in list(self._buckets.items()):
+                if level + (now_ms - at_ms) * self._per_ms >= self._burst:
+                    del self._buckets[name]
+            self._most = max(_BUCKETS, 2 * len(self._buckets))
+        bucket = self._buckets[user] = [self._burst, now_ms]
+        return bucket
 
 
 class _Question:
@@ -176,7 +189,9 @@ class Commands:
 
     def _send(self, session: Session, found: p.Send) -> None:
         try:
-            authorise(session.identity, Action.SEND, conv=found.conv)
+            if found.conv not in session.may_send:
+                authorise(session.identity, Action.SEND, conv=found.conv)
+                session.note_may_send(found.conv)
             self._check_items(found)
             wait_ms = self._rate.take(session.user, len(found.items))
             if wait_ms:
@@ -313,7 +328,7 @@ class Commands:
         authorise(identity, Action.CONNECT)
         if identity.user != session.user or (identity.device and identity.device != session.device):
             raise PeerError("forbidden", "the new token is for somebody else")
-        session.identity = identity
+        session.believe(identity)
         if session.link is not None:
             session.link.send(p.encode(p.Refreshed(identity.expires_ms)))
 

@@ -156,7 +156,7 @@ class Handshake:
             self._make_room(user)
             session = Session(f"{self._rng.getrandbits(128):032x}", identity, device, auth.device_class)
             self._pool.add(session)
-        session.identity = identity
+        session.believe(identity)
         session.level_version = max(session.level_version, since)
         session.joining = True
         # Nothing is written live until the sync that follows has been paged.

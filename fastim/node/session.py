@@ -20,6 +20,7 @@ from fastim.bus.base import Record
 from fastim.model import Fate
 from fastim.node.link import Link
 
+_MAY_SEND_KEPT: Final = 256
 CURSOR: Final = -1
 """A position that says: from the device's durable cursor, read it then."""
 
@@ -106,15 +107,15 @@ class Session:
     """One authenticated device."""
 
     __slots__ = (
-        "ack_slot", "asked_mono_ms", "badge", "behind", "busy", "choked", "detached_mono_ms", "device",
-        "device_class", "ended", "full_since_mono_ms", "generation", "head_version", "id", "identity",
-        "joining", "level_version", "link", "probed_mono_ms", "queued", "replayed", "requests", "retries",
-        "ring", "stalled", "sync", "tag", "user",
+        "ack_slot", "asked_mono_ms", "badge", "behind", "busy", "choked", "detached_mono_ms",
+        "device", "device_class", "ended", "full_since_mono_ms", "generation", "head_version", "id",
+        "identity", "joining", "level_version", "link", "may_send", "probed_mono_ms", "queued",
+        "replayed", "requests", "retries", "ring", "stalled", "sync", "tag", "user",
     )  # fmt: skip
 
     def __init__(self, session_id: str, identity: Identity, device: str, device_class: str) -> None:
         self.id = session_id
-        self.identity = identity
+        self.believe(identity)
         self.user = identity.user
         self.device = device
         self.device_class = device_class
@@ -153,6 +154,18 @@ class Session:
         self.stalled = False
         """Its stream waits for the next sweep: store away, or too much unwritten."""
         self.ended = False
+
+    def believe(self, identity: Identity) -> None:
+        """From now on the session speaks for this token."""
+        self.identity = identity
+        self.may_send: set[str] = set()
+        """Conversations that this token was allowed to write to before."""
+
+    def note_may_send(self, conv: str) -> None:
+        """Authorised: who may write to a name depends on the token alone (members of groups: the store)."""
+        if len(self.may_send) >= _MAY_SEND_KEPT:
+            self.may_send.clear()
+        self.may_send.add(conv)
 
     @property
     def syncing(self) -> bool:
