@@ -136,6 +136,8 @@ def open_writer(directory: Path, vfs: str, synchronous: str) -> apsw.Connection:
             "wal_autocheckpoint = 0",
             f"journal_size_limit = {CHECKPOINT_PAGES * 4 * 4_096}",
             f"cache_size = -{WRITER_CACHE_KIB}",
+            # Each call's savepoint copies the pages it changes; above 64 KiB that is a file in /var/tmp.
+            "temp_store = memory",
         ):
             db.execute(f"PRAGMA {pragma}").fetchall()
     except BaseException:
