@@ -85,6 +85,7 @@ class Run:
     offered: int = 0
     start: float = field(default_factory=time.monotonic)
     background: list[asyncio.Task[None]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=facts.gather)
 
     @property
     def records(self) -> list[DeviceRecord]:
@@ -354,7 +355,7 @@ def figures(
     )
     return {
         "bench": "kill",
-        **facts.gather(),
+        **run.about,
         "n": args.messages,
         "seed": args.seed,
         "quick": args.quick,
