@@ -41,6 +41,9 @@ FATAL_WINDOW_MS: Final = 1_000
 SWITCH_S: Final = 0.0005
 """The store's threads give up the interpreter at each step of SQLite; by default they wait 5 ms to get it
 back from a busy loop, and a batch of 256 took 82 ms instead of 1.4."""
+GC_THRESHOLDS: Final = (50_000, 20, 100)
+"""What is under way lives until its ack, some 200 ms, and is freed by its count. At Python's own 700 objects
+each of it was looked at up to three times before that."""
 FORGET_TICKS: Final = 40
 """Addresses that no longer owe failures are forgotten every so many ticks."""
 
@@ -78,6 +81,7 @@ class Process:
         # What lives until the end is not worth looking at in every collection.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         ticking = asyncio.create_task(self._tick(), name="app.tick")
         await self._ended.wait()
         ticking.cancel()
