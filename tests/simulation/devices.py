@@ -154,7 +154,7 @@ class App:
         """After a hot resume: tags that were acknowledged one by one do not come again."""
         self.ahead_ms: deque[int] = deque([0], maxlen=5)
         """Samples of how far the server's clock is ahead. One that was held up on its way is too small."""
-        self.heard_s = 0.0
+        self.heard_s = self.sent_s = 0.0
         self.leaves_s = 0.0
         """When to leave a server that goes away; 0: it does not."""
         self.outstanding: dict[str, Sending] = {}
@@ -224,15 +224,28 @@ class App:
     def _send(self, frame: p.Frame) -> None:
         if self.wire is not None and not self.over.is_set():
             self.wire.up.send(p.encode(frame))
+            self.sent_s = self.world.scheduler.now
 
     def on_closed(self, code: int) -> None:
         if not self.over.is_set():
             self.world.say(f"{self.device.name} closed {code}")
             if not p.reconnects(code) and code != p.CloseCode.REPLACED:
                 self.world.failures.append(f"{self.device.name} was closed with {code}")
+            if code in (p.CloseCode.IDLE, p.CloseCode.HALF_OPEN) and self._alive():
+                self.world.failures.append(f"{self.device.name} is alive and was closed with {code}")
             if self.wire is not None and code != 1006:
                 self.wire.up.close(code)
             self.over.set()
+
+    def _alive(self) -> bool:
+        """Whether it beats, answers, and its network is in order."""
+        now_s = self.world.scheduler.now
+        swift = self.device.plan.slow_s == 0 and now_s > self.world.rough_until_s
+        return swift and self.live and now_s - self.sent_s < 12.0 and not self.wire_is_silent
+
+    @property
+    def wire_is_silent(self) -> bool:
+        return self.wire is None or self.wire.up.gone
 
     def on_packet(self, packet: bytes) -> None:
         """Read in order; a slow device takes its time over each packet, and storing takes a moment."""
@@ -260,6 +273,8 @@ class App:
     # ------------------------------------------------------------------------------------------ frames
 
     def _frame(self, frame: p.Frame) -> None:
+        if not self.live and not isinstance(frame, p.Hello | p.Error):
+            self.world.failures.append(f"{self.device.name} got a {type(frame).__name__} before HELLO")
         match frame:
             case p.Hello():
                 self._hello(frame)
@@ -409,6 +424,7 @@ class App:
         """A place to resume from once everything before it is stored, which is when nothing is held."""
         if self.device.plan.acks and not any(held.frames for held in self.held.values()):
             self.phone.user_cursor = max(self.phone.user_cursor, frame.user_cursor)
+            self.world.say(f"{self.device.name} is level")
         self.stored(frame.tag)
 
     # ------------------------------------------------------------------------------------------ acks

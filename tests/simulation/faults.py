@@ -5,6 +5,7 @@ The wrappers sit where a network would sit in a cluster; the code above cannot t
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,15 +38,18 @@ class FlakyBus(MemoryBus):
 
 
 class FlakyPresence(MemoryPresence):
-    """Presence that can be away or forget everything (a flushed server)."""
+    """Presence that can be away, be slow, or forget everything (a flushed server)."""
 
     def __init__(self, clock: Clock, first_generation: int, pause: Callable[[], Any]) -> None:
         super().__init__(clock, first_generation)
         self.away = False
+        self.delay_s = 0.0
         self._pause = pause
 
     async def _gate(self) -> None:
         await self._pause()
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
         if self.away:
             raise PresenceUnavailable("away, by the nemesis")
 

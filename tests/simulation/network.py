@@ -17,7 +17,9 @@ from fastim._core.frame import parse_ack, split
 from fastim._core.wheel import Wheel
 from fastim.clock import Clock
 from fastim.errors import PeerError, UsageError
+from fastim.node.limits import NodeLimits
 from fastim.node.link import CLOSE_ABORT_MS, LinkOwner
+from fastim.node.session import Parcel
 from fastim.protocol import (
     MAX_FRAMES_PER_PACKET,
     MAX_PACKET_BYTES,
@@ -36,6 +38,7 @@ SOFT_BYTES: Final = 262_144
 HARD_BYTES: Final = 524_288
 AUTH_MS: Final = 5_000
 CLOSE_ABNORMAL: Final = 1006
+WINDOW_MESSAGES: Final = NodeLimits().window_messages
 
 
 class SimHub:
@@ -192,6 +195,8 @@ class SimLink:
 
     def flush(self) -> None:
         self._dirty = False
+        if self._ack_slot >= 0 and self.hub.acks.unacked(self._ack_slot)[0] > WINDOW_MESSAGES:
+            self._count_window()
         packet: list[bytes] = []
         size = 0
         for frame in self._out:
@@ -204,6 +209,13 @@ class SimLink:
             self.down.send(b"".join(packet))
         self._out.clear()
         self._out_bytes = 0
+
+    def _count_window(self) -> None:
+        """SENT, SKIP and LEVEL take no room in the window; messages never exceed it."""
+        items = [item for _, item in self.hub.acks.items(self._ack_slot)]
+        messages = sum(isinstance(item, Parcel) and item.is_msg for item in items)
+        if messages > WINDOW_MESSAGES:
+            self.hub.on_fatal(AssertionError(f"{messages} messages are under way to {self.peer}"))
 
     def close(self, code: int, reason: str = "") -> None:
         if self.closed:
@@ -347,6 +359,14 @@ class Network:
         self._open = [other for other in self._open if not other.over]
         self._open.append(wire)
         return wire
+
+    def dead(self) -> list[str]:
+        """Connections that the server still takes for open, though their peers are gone without a word."""
+        return [
+            f"the connection of {wire.peer} stands, and its peer is gone"
+            for wire in self._open
+            if wire.hub is self.hub and wire.link.state == "open" and wire.up.gone
+        ]
 
     def process_died(self, hub: SimHub, *, silently: bool) -> None:
         """The kernel resets the sockets of a killed process; a machine without power says nothing."""

@@ -57,12 +57,24 @@ class FaultPlan:
 
 
 @dataclass
+class Trigger:
+    """A directed nemesis: a fault at the moment at which something is told for the n-th time."""
+
+    told: str
+    """Part of a line of the trace."""
+    nth: int
+    fault: FaultPlan
+    """Its at_s counts from that moment."""
+
+
+@dataclass
 class Plan:
     seed: int
     devices: list[DevicePlan] = field(default_factory=list)
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sends: list[SendPlan] = field(default_factory=list)
     faults: list[FaultPlan] = field(default_factory=list)
+    triggers: list[Trigger] = field(default_factory=list)
     end_s: float = 30.0
     """No fault and no send after this; then everything must settle."""
     settle_s: float = 260.0
@@ -94,6 +106,7 @@ FAULTS: Final = (
     ("stop", 1),
     ("bus_away", 2),
     ("presence_away", 2),
+    ("slow_presence", 2),
     ("jitter", 2),
     ("clock_jump", 1),
 )

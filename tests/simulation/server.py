@@ -164,6 +164,7 @@ class Server:
         self.disk_delay_s = 0.0
         if self.presence is not None:
             self.presence.away = False
+            self.presence.delay_s = 0.0
         if self.bus is not None:
             self.bus.away = False
 

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import random
 import sys
+import warnings
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from tests.simulation.server import Server, prepare_disk
 
 RESTART_S = 0.4
 SERVICE_PATIENCE_S = 4.0
+ROUGH_S = 15.0
 
 
 @dataclass
@@ -66,6 +68,8 @@ class World:
         self.trace: list[str] = []
         self.figures: Counter[str] = Counter()
         self.groups_made = False
+        self.rough_until_s = 0.0
+        """Until then a connection may look dead that is not."""
         self.wall_jumped = False
         self.furthest_jump_ms = 0
         self._digest = hashlib.blake2b(digest_size=8)
@@ -81,6 +85,11 @@ class World:
         self._digest.update(line.encode())
         if self.verbose:
             self.trace.append(line)
+        for trigger in self.plan.triggers:
+            if trigger.told in text and self.scheduler.now < self.plan.end_s:
+                trigger.nth -= 1
+                if trigger.nth == 0:
+                    self._later(trigger.fault.at_s, self._strike, trigger.fault)
 
     def _on_failure(self, text: str, error: BaseException | None) -> None:
         if self.verbose and error is not None:
@@ -138,9 +147,14 @@ class World:
     async def nemesis(self) -> None:
         for fault in self.plan.faults:
             await self._until(fault.at_s)
-            self.figures["faults"] += 1
-            self.say(f"fault {fault}")
-            getattr(self, f"fault_{fault.kind}")(fault)
+            self._strike(fault)
+
+    def _strike(self, fault: FaultPlan) -> None:
+        self.figures["faults"] += 1
+        if fault.kind in ("pause", "stall", "jitter"):
+            self.rough_until_s = max(self.rough_until_s, self.scheduler.now + fault.for_s + ROUGH_S)
+        self.say(f"fault {fault}")
+        getattr(self, f"fault_{fault.kind}")(fault)
 
     async def _until(self, at_s: float) -> None:
         await asyncio.sleep(max(0.0, at_s - self.scheduler.now))
@@ -204,6 +218,12 @@ class World:
         if server is not None and server.presence is not None:
             server.presence.away = True
             self._later(fault.for_s, setattr, server.presence, "away", False)
+
+    def fault_slow_presence(self, fault: FaultPlan) -> None:
+        server = self.server
+        if server is not None and server.presence is not None:
+            server.presence.delay_s = 0.2 + 0.02 * fault.number
+            self._later(fault.for_s, setattr, server.presence, "delay_s", 0.0)
 
     def fault_bus_away(self, fault: FaultPlan) -> None:
         server = self.server
@@ -353,6 +373,7 @@ class World:
             why.append("the server is not up")
         for device in self.devices.values():
             why += device.restless()
+        why += self.network.dead()
         why += [
             f"no answer for a send of {s.sender}"
             for s in self.submissions
@@ -397,8 +418,13 @@ class World:
         self.outside.bury()
 
 
-def run_seed(seed: int, planted: Planted | None = None, verbose: bool = False) -> Outcome:
-    """Draw, run, judge. The garbage collector waits, so that it runs at the same place in every run."""
+def run_seed(
+    seed: int, planted: Planted | None = None, verbose: bool = False, *, control: bool = False
+) -> Outcome:
+    """Draw, run, judge. control: the stage of a planted error without the error.
+
+    The garbage collector waits, so that it runs at the same place in every run.
+    """
     plan = draw(seed)
     if planted is not None and planted.plan is not None:
         planted.plan(plan)
@@ -408,7 +434,10 @@ def run_seed(seed: int, planted: Planted | None = None, verbose: bool = False) -
     sys.unraisablehook = lambda _args: None
     try:
         with ExitStack() as stack:
-            if planted is not None:
+            stack.enter_context(warnings.catch_warnings())
+            # A killed process leaves coroutines that never ran.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            if planted is not None and not control:
                 planted.plant(stack)
             world = World(plan, planted, verbose)
             outcome = world.run()
