@@ -262,20 +262,29 @@ class Delivery:
     def _nudge(self, found: Nudge) -> None:
         for session in self._pool.of_user(found.user).values():
             heard = session.behind.get(found.conv)
-            if heard is None and self._under_way(session, found.conv):
-                # Its acks, or their absence, tell soon enough; a hole below them shows when they are flushed.
-                continue
-            if heard is None or heard.paused or session.link is None:
+            under_way = self._under_way(session, found.conv) if heard is None else 0
+            if under_way:
+                # Its acks, or their absence, tell soon enough, and a hole below shows when they are flushed. What
+                # is above may never have been heard of here.
+                session.put_behind(found.conv, 0, under_way)
+            elif heard is None or heard.paused or session.link is None:
                 session.put_behind(found.conv, 0, CURSOR, dup=True)
                 observe.BEHIND.labels("nudge").inc()
             self._catchup.wake(session)
 
-    def _under_way(self, session: Session, conv: str) -> bool:
-        """O(window)."""
+    def _under_way(self, session: Session, conv: str) -> int:
+        """The highest seq of the conversation that is written and not acknowledged, 0 for none. O(window)."""
         if session.link is None:
-            return False
+            return 0
         parcels = self._acks.items(session.ack_slot)
-        return any(isinstance(item, Parcel) and item.is_msg and item.conv == conv for _, item in parcels)
+        return max(
+            (
+                item.to_seq
+                for _, item in parcels
+                if isinstance(item, Parcel) and item.conv == conv and item.is_msg
+            ),
+            default=0,
+        )
 
     def _mark(self, found: Mark) -> None:
         frame = encode(ReadMark(found.conv, found.user, found.seq))

@@ -422,6 +422,19 @@ async def test_a_nudge_streams_from_the_cursor_what_the_node_has_never_heard_of(
         assert await w.cursor("bob", CONV) == 3
 
 
+async def test_a_nudge_streams_only_what_is_above_what_is_under_way(tmp_path: Path) -> None:
+    """Presence was away when the second message was routed: no inbox record of it came."""
+    async with node_world(tmp_path) as w:
+        await w.known("alice")
+        bob = await w.level("bob")
+        await w.send(CONV, "alice", b"1", to=("bob",))
+        await bodies(w, CONV, "alice", 1)
+        await w.inbox(Nudge("bob", CONV, 0))
+        assert bob.seqs() == [1, 2]
+        await ack_all(w, bob)
+        assert await w.cursor("bob", CONV) == 2
+
+
 async def test_a_nudge_wakes_a_stream_that_stands_still(tmp_path: Path) -> None:
     async with node_world(tmp_path) as w:
         await w.known("alice")
