@@ -264,8 +264,8 @@ class Delivery:
             heard = session.behind.get(found.conv)
             under_way = self._under_way(session, found.conv) if heard is None else 0
             if under_way:
-                # Its acks, or their absence, tell soon enough, and a hole below shows when they are flushed. What
-                # is above may never have been heard of here.
+                # Its acks, or their absence, tell soon enough; a hole below shows when they are flushed.
+                # What is above may never have been heard of here.
                 session.put_behind(found.conv, 0, under_way)
             elif heard is None or heard.paused or session.link is None:
                 session.put_behind(found.conv, 0, CURSOR, dup=True)
