@@ -23,6 +23,8 @@ from fastim.model import Message
 VERSION: Final = 1
 SUBPROTOCOL: Final = "fastim.v1"
 MAX_PACKET_BYTES: Final = 65_536
+MAX_SEALED_BYTES: Final = 65_501
+"""Of a packet inside SEALED: header and tag take the rest."""
 MAX_FRAMES_PER_PACKET: Final = 64
 MAX_SEND_BATCH: Final = 32
 MAX_ACK_IDS: Final = 256
@@ -89,7 +91,7 @@ class Op(enum.IntEnum):
 RESERVED: Final = frozenset(
     {
         Op.JOIN, Op.LEAVE, Op.SIGNAL, Op.RECALL, Op.EDIT, Op.DELETE, Op.CLEAR, Op.SETTING, Op.BLOCK,
-        Op.WATCH, Op.UNWATCH, Op.RECEIVED, Op.SEALED, Op.REKEY,
+        Op.WATCH, Op.UNWATCH, Op.RECEIVED,
     }
 )  # fmt: skip
 """Client ops that are laid out, decoded, and answered ERROR("unsupported") until their own feature lands."""
@@ -112,6 +114,8 @@ class CloseCode(enum.IntEnum):
     HALF_OPEN = 4008
     SLOW = 4408
     DRAINING = 4410
+    KEYS_ENDED = 4411
+    """The keys of a sealed connection were used up, and the client did not ask for new ones."""
     AUTH = 4501
     KICKED = 4503
     REVOKED = 4505
@@ -244,6 +248,31 @@ class Sync(Frame, tag=int(Op.SYNC), frozen=True):
     user_cursor: U53 = 0
 
 
+class Sealed(Frame, tag=int(Op.SEALED), frozen=True):
+    """A packet in an AES-256-GCM box, alone in its own packet; opened by fastim._core.sealed.
+
+    What stands before the box is its associated data. counter: 1 for the first of the connection, +1 each,
+    whatever the key.
+    """
+
+    key_id: U32
+    counter: U53
+    box: bytes
+
+
+class Rekey(Frame, tag=int(Op.REKEY), frozen=True):
+    """Agree on keys towards the named static key of the server, by an ephemeral X25519 key; answered by KEYS.
+
+    The first frame of a connection, in clear, or later inside SEALED. key_id: above the one before.
+    """
+
+    key_id: U32
+    ephemeral: Key32
+    static: Str64
+    shared: Str64 = ""
+    """Name of a pre-shared key that is mixed in, "" for none."""
+
+
 # -- reserved: laid out now, served by features to come; answered by DONE{req} unless said otherwise.
 
 
@@ -346,24 +375,6 @@ class Received(Frame, tag=int(Op.RECEIVED), frozen=True):
 
     conv: ConvName
     seq: U53
-
-
-class Sealed(Frame, tag=int(Op.SEALED), frozen=True):
-    """A packet in an AES-256-GCM box: the bytes before the box's content are the associated data."""
-
-    key_id: U32
-    counter: U53
-    box: bytes
-
-
-class Rekey(Frame, tag=int(Op.REKEY), frozen=True):
-    """Agree on keys: an ephemeral X25519 key towards the named static key of the server; answered by KEYS."""
-
-    key_id: U32
-    ephemeral: Key32
-    static: Str64 = ""
-    shared: Str64 = ""
-    """Name of a pre-shared key that is mixed in, "" for none."""
 
 
 # ------------------------------------------------------------------------------------ server -> client
@@ -567,6 +578,30 @@ class Refreshed(Frame, tag=int(Op.REFRESHED), frozen=True):
     expires_ms: int
 
 
+class SealedDown(Frame, tag=int(Op.SEALED_DOWN), frozen=True):
+    """SEALED in the other direction."""
+
+    key_id: int
+    counter: int
+    box: bytes
+
+
+class Keys(Frame, tag=int(Op.KEYS), frozen=True):
+    """Answer to REKEY; the last frame of its packet, and the last before the new keys hold.
+
+    proof: that the sender holds the static key. room and what follows are reserved: the key of a room on the
+    node that seals for it, inside SEALED_DOWN.
+    """
+
+    key_id: int
+    ephemeral: bytes
+    proof: bytes
+    room: str = ""
+    node: str = ""
+    boot: int = 0
+    secret: bytes = b""
+
+
 # -- reserved
 
 
@@ -632,25 +667,6 @@ class Presence(Frame, tag=int(Op.PRESENCE), frozen=True):
 
     items: list[PresenceItem]
     resync: bool = False
-
-
-class SealedDown(Frame, tag=int(Op.SEALED_DOWN), frozen=True):
-    """SEALED in the other direction; a room's key_id comes with KEYS."""
-
-    key_id: int
-    counter: int
-    box: bytes
-
-
-class Keys(Frame, tag=int(Op.KEYS), frozen=True):
-    """Answer to REKEY (room ""), or the key of a room on the sealing node (room set, secret inside a box)."""
-
-    key_id: int
-    ephemeral: bytes
-    room: str = ""
-    node: str = ""
-    boot: int = 0
-    secret: bytes = b""
 
 
 class Done(Frame, tag=int(Op.DONE), frozen=True):

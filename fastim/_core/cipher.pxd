@@ -20,8 +20,11 @@ cdef class Aead:
         void* _hash_key
         object _fallback
         uint8_t[PREFIX_BYTES] _prefix
-        readonly uint64_t counter   # of the newest frame; the first has 1
+        readonly uint64_t counter   # of the newest frame; the first has 1, whatever key it is under
+        readonly uint64_t frames    # so many under this key, then it has ended
+        uint64_t _end               # the counter of the last of them
 
+    cdef int start_c(self, uint64_t counter) except -1
     cdef void _nonce(self, uint8_t* out, uint64_t counter) noexcept nogil
     cdef int _tag(
         self, uint8_t* out, const uint8_t* nonce, const uint8_t* aad, Py_ssize_t aad_bytes,

@@ -1,6 +1,6 @@
 """AES-256-GCM boxes with counter nonces, one object per key and direction.
 
-    nonce = 4 bytes fixed per direction | 8 bytes counter, 1 for the first frame; never random, never repeated
+    nonce = 4 bytes fixed per key | 8 bytes counter, 1 for the first frame; never random, never repeated
     box   = ciphertext | tag of 16 bytes; the header in front of it is associated data
 
 Hides where AES and GHASH come from. pycryptodome compiles both (AES-NI, carry-less multiplication) into C
@@ -8,7 +8,7 @@ libraries that its own Python loads by symbol; the same symbols are looked up he
 for 128 bytes against 46 through its API. The names are no public API, so at import they must agree with vectors of
 NIST and with pycryptodome's own API; when anything differs, `cryptography` serves (0.43 µs) after one warning.
 
-X1  a nonce is used once: the counter only grows, and a Sealer ends at MAX_FRAMES_PER_KEY   tests/unit/test_cipher.py
+X1  a nonce is used once: the counter only grows, and a key ends after MAX_FRAMES_PER_KEY   tests/unit/test_cipher.py
 X2  an Opener takes only the counter after the last, and nothing reaches the caller before the tag is proved   same
 X3  both backends give the same bytes                                   tests/property/test_cipher_oracle.py
 Source: NIST SP 800-38D; semantics, "Encryption".
@@ -29,6 +29,7 @@ from fastim.errors import PeerError, UsageError
 
 DEBUG = bool(FASTIM_DEBUG)
 cdef Py_ssize_t _live_keys = 0
+cdef uint64_t MAX_COUNTER = (1LL << 53) - 1     # where the integers of the wire end
 
 cdef enum:
     LANES = 32                  # counter blocks encrypted at once: 512 bytes on the stack
@@ -70,9 +71,20 @@ cdef inline void _put_u32(uint8_t* out, uint32_t value) noexcept nogil:
 
 
 cdef class Aead:
-    """A key in one direction. backend: "pycryptodome", "cryptography", or "" for the better that works here."""
+    """A key in one direction. backend: "pycryptodome", "cryptography", or "" for the better that works here.
 
-    def __cinit__(self, bytes key not None, bytes prefix not None, *, str backend="", uint64_t counter=0):
+    counter: of the frame before the first one under this key. frames: how many it is good for.
+    """
+
+    def __cinit__(
+        self,
+        bytes key not None,
+        bytes prefix not None,
+        *,
+        str backend="",
+        uint64_t counter=0,
+        uint64_t frames=MAX_FRAMES_PER_KEY,
+    ):
         global _live_keys
         cdef uint8_t[BLOCK_BYTES] zero
         cdef uint8_t[BLOCK_BYTES] subkey
@@ -83,10 +95,12 @@ cdef class Aead:
             raise UsageError(f"the key is {PyBytes_GET_SIZE(key)} bytes; must be {KEY_BYTES}")
         if PyBytes_GET_SIZE(prefix) != PREFIX_BYTES:
             raise UsageError(f"the nonce prefix is {PyBytes_GET_SIZE(prefix)} bytes; must be {PREFIX_BYTES}")
-        if counter >= MAX_FRAMES_PER_KEY:
-            raise UsageError(f"counter is {counter:,}; limit {MAX_FRAMES_PER_KEY - 1:,}")
+        if not 1 <= frames <= MAX_FRAMES_PER_KEY:
+            raise UsageError(f"frames is {frames:,}; limits 1 and {MAX_FRAMES_PER_KEY:,}")
         memcpy(self._prefix, PyBytes_AS_STRING(prefix), PREFIX_BYTES)
-        self.counter = counter
+        self.frames = frames
+        self._end = frames
+        self.start_c(counter)
         backend = backend or globals()["BACKEND"]
         if backend == "cryptography":
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -112,6 +126,21 @@ cdef class Aead:
             _ghash_destroy(self._hash_key)
         if FASTIM_DEBUG:
             _live_keys -= 1
+
+    @property
+    def left(self) -> int:
+        """Frames that this key is still good for."""
+        return self._end - self.counter
+
+    cdef int start_c(self, uint64_t counter) except -1:
+        """Go on behind another key's last frame. Only before the first frame: or a nonce came twice."""
+        if self._end - self.counter != self.frames:
+            raise UsageError(f"the key has {self.counter + self.frames - self._end:,} frames; must be new")
+        if counter > MAX_COUNTER - self.frames:
+            raise UsageError(f"counter is {counter:,}; limit {MAX_COUNTER - self.frames:,}")
+        self.counter = counter
+        self._end = counter + self.frames
+        return 0
 
     cdef void _nonce(self, uint8_t* out, uint64_t counter) noexcept nogil:
         memcpy(out, self._prefix, PREFIX_BYTES)
@@ -190,7 +219,7 @@ cdef class Sealer(Aead):
     def seal(self, bytes aad not None, bytes data not None) -> bytes:
         """The box of `data`; `counter` is then what it was sealed under.
 
-        Raises UsageError when the key has sealed MAX_FRAMES_PER_KEY frames.
+        Raises UsageError when the key has sealed `frames` frames.
         """
         cdef Py_ssize_t n = PyBytes_GET_SIZE(data)
         cdef bytes box = PyBytes_FromStringAndSize(NULL, n + TAG_BYTES)
@@ -207,8 +236,8 @@ cdef class Sealer(Aead):
         cdef uint8_t[12] nonce
         cdef bytes box
         _check_size(n)
-        if self.counter + 1 >= MAX_FRAMES_PER_KEY:
-            raise UsageError(f"the key has sealed {self.counter:,} frames; new keys are due at {REKEY_FRAMES:,}")
+        if self.counter >= self._end:
+            raise UsageError(f"the key has sealed {self.frames:,} frames; new keys are due at {REKEY_FRAMES:,}")
         # First: whatever happens below, this nonce is spent.
         self.counter += 1
         self._nonce(nonce, self.counter)
@@ -231,8 +260,8 @@ cdef class Opener(Aead):
     def open(self, uint64_t counter, bytes aad not None, bytes box not None) -> bytes:
         """The content of `box`.
 
-        Raises PeerError("bad_seal") for another counter than the next, a box of less than TAG_BYTES, a tag
-        that does not fit; `counter` is then unchanged.
+        Raises PeerError("bad_seal") for another counter than the next, a key that has ended, a box of less than
+        TAG_BYTES, a tag that does not fit; `counter` is then unchanged.
         """
         cdef Py_ssize_t n = PyBytes_GET_SIZE(box) - TAG_BYTES
         cdef bytes data = PyBytes_FromStringAndSize(NULL, n if n > 0 else 0)
@@ -254,6 +283,8 @@ cdef class Opener(Aead):
         cdef int i
         if counter != self.counter + 1:
             raise PeerError("bad_seal", f"counter is {counter:,}; must be {self.counter + 1:,}")
+        if counter > self._end:
+            raise PeerError("bad_seal", f"the key has opened {self.frames:,} frames; new keys are due")
         if n < TAG_BYTES:
             raise PeerError("bad_seal", f"the box is {n} bytes; at least {TAG_BYTES}")
         n -= TAG_BYTES

@@ -6,6 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from picows.picows cimport WSFrame, WSListener, WSTransport
 
 from fastim._core.acks cimport AckTable
+from fastim._core.sealed cimport SealedStream
 from fastim._core.wheel cimport Wheel
 
 
@@ -20,6 +21,7 @@ cdef enum LinkState:
 
 cdef enum:
     OP_AUTH = 1         # tests/unit/test_conn.py holds these to fastim.protocol
+    OP_REKEY = 25
     MAX_FRAGMENTS = 64
     MAX_CONTROL_BYTES = 125
     MAX_REASON_BYTES = 123
@@ -57,6 +59,7 @@ cdef class CoreHub:
         readonly uint64_t auth_ms
         readonly uint64_t fragment_ms
         readonly uint64_t close_ms
+        readonly uint64_t keys_ms
         readonly Py_ssize_t soft_bytes
         readonly Py_ssize_t hard_bytes
 
@@ -76,7 +79,7 @@ cdef class CoreHub:
 
         # Counters.
         uint64_t frames_in, frames_out, packets_in, packets_out, bytes_in, bytes_out
-        uint64_t pings, ack_frames, overflows
+        uint64_t pings, ack_frames, overflows, bad_seals
 
     cdef int _enter(self, CoreConnection link, uint64_t mono_ms) except -1
     cdef int _leave(self, CoreConnection link) except -1
@@ -114,6 +117,10 @@ cdef class CoreConnection(WSListener):
         uint64_t _auth_by_ms    # 0 once authenticated
         uint64_t _stuck_ms      # _received_ms when the sweep saw half a WebSocket frame
 
+        # Sealing: None until keys were agreed, and then every packet is one frame of it.
+        SealedStream _stream
+        uint64_t _keys_since_ms
+
         # A fragmented message; _fragments is 0 when there is none.
         uint8_t* _part
         uint32_t _part_size
@@ -149,6 +156,8 @@ cdef class CoreConnection(WSListener):
     cdef int _frame_in(self, int op, const uint8_t* p, Py_ssize_t n) except -1
     cdef int _acked(self, int op, const uint8_t* p, Py_ssize_t n) except -1
     cdef int _refuse(self, int op, object error) except -1
+    cdef int _bad_seal(self) except -1
+    cdef bint _changing(self) noexcept
     cdef void _drop_part(self) noexcept nogil
     cdef void _set_deadline(self, uint64_t mono_ms) noexcept nogil
 

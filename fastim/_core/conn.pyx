@@ -4,14 +4,20 @@ What fastim.node.link promises, on picows. Hides RFC 6455 beyond picows' parser 
 closing handshake), the output buffer, and which operations never reach Python: PING, and ACK and ACKS of a bound
 link. Nothing is allocated per frame, and nothing is kept by an idle connection but this object.
 
-    socket ──picows──▶ _received ──fragments──▶ _packet_in ──split──▶ _frame_in ──▶ C answer | owner.on_command
+    socket ──picows──▶ _received ──fragments──▶ _packet_in ──open, split──▶ _frame_in ──▶ C answer | owner.on_command
     socket ◀──one write a tick── _flush ◀── _out: whole WebSocket frames, the last packet grows ◀── send
+
+Once keys were agreed, a packet is opened in place before it is split, and sealed in place when its header is
+written: until then it can still grow or be dropped, from then on only the link's end keeps it from being sent, so
+the counter of its frames has no holes.
 
 N1  the owner is called from picows' callbacks and from the tick only, never from send, close or abort
                                                                           tests/unit/test_conn.py
 N2  on_closed is the last call, once per link that was accepted                     same
 N3  what the peer does can end its own link and nothing else                         same (the fuzz)
 N4  while the transport holds bytes of ours nothing is handed to it; queued bytes are bounded       same
+N5  with keys, nothing that is not sealed is taken or sent but WebSocket's own control frames
+                                                                          tests/unit/test_conn_sealed.py
 Calling the owner can do anything to this link, its end included: so every loop below looks at _state again after
 each call, and buffers that are being read are first taken out of the object.
 Source: RFC 6455; fastim.node.link; docs/adr/0010.
@@ -27,6 +33,7 @@ from picows.picows cimport WSMsgType
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from fastim._core cimport FASTIM_DEBUG
+from fastim._core.cipher cimport TAG_BYTES, Opener, Sealer
 from fastim._core.frame cimport (
     MAX_ACK_IDS,
     MAX_FRAMES,
@@ -35,7 +42,9 @@ from fastim._core.frame cimport (
     OP_ACK,
     OP_ACKS,
     OP_PING,
+    OP_SEALED,
     PONG_BYTES,
+    SEALED_HEADER_BYTES,
     frame_span,
     msg_prefix_c,
     parse_ack_c,
@@ -43,6 +52,7 @@ from fastim._core.frame cimport (
     pong_c,
     split_c,
 )
+from fastim._core.sealed cimport MAX_INNER_BYTES, SealedStream
 
 import picows
 
@@ -83,6 +93,7 @@ cdef enum:
     PONGS_AT_ONCE = 32          # of a tick; RFC 6455 5.5.3 lets us answer the newest only
     SWEPT_AT_ONCE = 256
     SPARE_BYTES = 6             # a packet of 65,536 bytes has a longer header than its gap
+    BEHIND_BYTES = SPARE_BYTES + TAG_BYTES
 
     READ_BUFFER = 2_048         # picows' least; what the listener must ask for, see _unfinished
 
@@ -93,6 +104,7 @@ cdef enum:
     CLOSE_TOO_BIG = 1009
     CLOSE_INTERNAL = 1011
     CLOSE_SLOW = 4408
+    CLOSE_KEYS_ENDED = 4411
     CLOSE_AUTH = 4501
     CLOSE_BAD_FRAME = 4509
 
@@ -141,6 +153,7 @@ cdef class CoreHub:
         uint64_t auth_ms=5_000,
         uint64_t fragment_ms=10_000,
         uint64_t close_ms=1_000,
+        uint64_t keys_ms=7_200_000,
         Py_ssize_t soft_bytes=262_144,
         Py_ssize_t hard_bytes=524_288,
     ):
@@ -159,6 +172,7 @@ cdef class CoreHub:
         self.auth_ms = auth_ms
         self.fragment_ms = fragment_ms
         self.close_ms = close_ms
+        self.keys_ms = keys_ms
         self.soft_bytes = soft_bytes
         self.hard_bytes = hard_bytes
         self._links = []
@@ -201,6 +215,7 @@ cdef class CoreHub:
             "pings": self.pings,
             "ack_frames": self.ack_frames,
             "overflows": self.overflows,
+            "bad_seals": self.bad_seals,
         }
 
     def sweep(self, uint64_t mono_ms) -> int:
@@ -399,7 +414,7 @@ cdef class CoreConnection(WSListener):
 
     @property
     def authenticated(self) -> bool:
-        """False until the session says otherwise; until then only AUTH is let through."""
+        """False until the session says otherwise; until then only AUTH and REKEY are let through."""
         return self._authenticated
 
     @authenticated.setter
@@ -447,6 +462,25 @@ cdef class CoreConnection(WSListener):
         if ack_slot != -1:
             self.hub._acks._open_slot(ack_slot)
         self._ack_slot = ack_slot
+
+    @property
+    def sealed(self) -> bool:
+        """Keys were agreed."""
+        return self._stream is not None
+
+    def set_keys(self, uint32_t key_id, Sealer sealer not None, Opener opener not None) -> None:
+        """Seal what is sent from now on. Call it right behind the send of KEYS, which stays outside, and under the
+        keys of before if there are any. The first keys hold at once for what is received; later ones from the peer's
+        first frame under them. Raises UsageError while the change before is not finished.
+        """
+        if self._state != OPEN:
+            return
+        self._seal()
+        if self._stream is None:
+            self._stream = SealedStream(key_id, sealer, opener, client=False)
+        else:
+            self._stream.renew_c(key_id, sealer, opener)
+        self._keys_since_ms = _clock_ms(CLOCK_MONOTONIC)
 
     def set_pong(self, uint64_t user_cursor) -> None:
         """What PONG says about the user's change index."""
@@ -685,9 +719,20 @@ cdef class CoreConnection(WSListener):
     cdef int _packet_in(self, const uint8_t* p, Py_ssize_t n) except -1:
         cdef frame_span[MAX_FRAMES] spans
         cdef CoreHub hub = self.hub
+        cdef SealedStream stream = self._stream
+        cdef Py_ssize_t start = 0
         cdef int count, i
         hub.packets_in += 1
         hub.bytes_in += <uint64_t>n
+        if stream is not None:
+            try:
+                # The bytes are picows' or a reassembled message's, read by nobody after this.
+                n = stream.open_c(<uint8_t*>p, n, &start)
+            except PeerError:
+                return self._bad_seal()
+            p += start
+            if stream.left_c() == 0:
+                return self.close_c(CLOSE_KEYS_ENDED, b"")
         try:
             count = split_c(p, n, spans, MAX_FRAMES)
         except PeerError as error:
@@ -695,6 +740,9 @@ cdef class CoreConnection(WSListener):
         for i in range(count):
             if self._state != OPEN:
                 break
+            if self._stream is not stream:
+                # REKEY in clear was not the last frame of its packet.
+                return self._bad_seal()
             hub.frames_in += 1
             self._frame_in(spans[i].op, p + spans[i].start, spans[i].end - spans[i].start)
         return 0
@@ -713,7 +761,9 @@ cdef class CoreConnection(WSListener):
                 )
             elif (op == OP_ACK or op == OP_ACKS) and self._ack_slot >= 0:
                 self._acked(op, p, n)
-            elif not self._authenticated and op != OP_AUTH:
+            elif op == OP_SEALED or (op == OP_REKEY and self._changing()):
+                self._bad_seal()
+            elif not self._authenticated and op != OP_AUTH and op != OP_REKEY:
                 raise PeerError("unauthenticated", f"op {op} before AUTH")
             else:
                 self.owner.on_command(op, PyBytes_FromStringAndSize(<const char*>p, n))
@@ -748,28 +798,43 @@ cdef class CoreConnection(WSListener):
             return self.close_c(CLOSE_AUTH, b"unauthenticated")
         return 0
 
+    cdef bint _changing(self) noexcept:
+        """Whether the peer was given new keys and has not used them."""
+        return self._stream is not None and self._stream._next is not None
+
+    cdef int _bad_seal(self) except -1:
+        """A code and nothing else: whoever forges, repeats or cuts frames is not told what gave him away."""
+        self.hub.bad_seals += 1
+        return self.close_c(CLOSE_BAD_FRAME, b"")
+
     # -- out: the buffer
 
     cdef int send_c(
         self, const void* head, Py_ssize_t head_bytes, const void* body, Py_ssize_t body_bytes
     ) except -1:
-        """Queue one frame made of two parts; a no-op unless OPEN. Raises UsageError outside 2..65,536 bytes.
+        """Queue one frame made of two parts; a no-op unless OPEN. Raises UsageError outside 2..65,536 bytes (65,501
+        once keys were agreed).
 
         Never calls the owner. O(bytes), allocates only when the buffer grows.
         """
         cdef Py_ssize_t n = head_bytes + body_bytes
+        cdef Py_ssize_t most = MAX_PACKET_BYTES, gap = GAP_BYTES
         cdef Py_ssize_t queued
         if self._state != OPEN:
             return 0
-        if n < 2 or n > MAX_PACKET_BYTES:
-            raise UsageError(f"the frame is {n:,} bytes; limits 2 and {MAX_PACKET_BYTES:,}")
-        if self._packet != 0 and (
-            self._packet_frames == MAX_FRAMES or self._out_size - self._packet + n > MAX_PACKET_BYTES
-        ):
+        if self._stream is not None:
+            most = MAX_INNER_BYTES
+            gap += SEALED_HEADER_BYTES
+        if n < 2 or n > most:
+            raise UsageError(f"the frame is {n:,} bytes; limits 2 and {most:,}")
+        if self._packet != 0 and (self._packet_frames == MAX_FRAMES or self._out_size - self._packet + n > most):
             self._seal()
-        self._room(n + GAP_BYTES)
+        if self._packet == 0 and self._stream is not None and self._stream.left_c() == 0:
+            # The peer did not ask for new keys, twice as long as it should.
+            return self.close_c(CLOSE_KEYS_ENDED, b"")
+        self._room(n + gap)
         if self._packet == 0:
-            self._out_size += GAP_BYTES
+            self._out_size += <uint32_t>gap
             self._packet = self._out_size
             self._packet_frames = 0
         if head_bytes > 0:
@@ -789,8 +854,8 @@ cdef class CoreConnection(WSListener):
         return 0
 
     cdef int _room(self, Py_ssize_t more) except -1:
-        """Make room for `more` bytes and for a long header."""
-        cdef Py_ssize_t need = self._out_size + more + SPARE_BYTES
+        """Make room for `more` bytes, and for a tag and a long header."""
+        cdef Py_ssize_t need = self._out_size + more + BEHIND_BYTES
         cdef Py_ssize_t capacity = self._out_capacity
         cdef void* grown
         if need <= capacity:
@@ -814,12 +879,20 @@ cdef class CoreConnection(WSListener):
         return 0
 
     cdef int _seal(self) except -1:
-        """Write the header of the growing packet into its gap, and close the gap where it is too wide."""
+        """Write the header of the growing packet into its gap, and close the gap where it is too wide.
+
+        With keys, first the packet becomes the content of a box, where it is. Its counter is then spent.
+        """
         cdef Py_ssize_t n
         cdef uint8_t* gap
         if self._packet == 0:
             return 0
         n = self._out_size - self._packet
+        if self._stream is not None:
+            self._stream.seal_c(<uint8_t*>self._out + self._packet, n)
+            self._packet -= SEALED_HEADER_BYTES
+            self._out_size += TAG_BYTES
+            n += SEALED_HEADER_BYTES + TAG_BYTES
         gap = <uint8_t*>self._out + self._packet - GAP_BYTES
         if n < 126:
             if self._packet - GAP_BYTES == self._out_start:
@@ -836,7 +909,7 @@ cdef class CoreConnection(WSListener):
             gap[2] = <uint8_t>(n >> 8)
             gap[3] = <uint8_t>(n & 0xFF)
         else:
-            # Exactly 65,536; _room left SPARE_BYTES for this.
+            # Exactly 65,536; _room left SPARE_BYTES behind the tag for this.
             memmove(gap + GAP_BYTES + SPARE_BYTES, gap + GAP_BYTES, <size_t>n)
             self._out_size += SPARE_BYTES
             memcpy(gap, b"\x82\x7f\0\0\0\0\0\1\0\0", GAP_BYTES + SPARE_BYTES)
@@ -998,6 +1071,9 @@ cdef class CoreConnection(WSListener):
         if self._fragments > 0 and self._part_since_ms + self.hub.fragment_ms <= mono_ms:
             self.close_c(CLOSE_SLOW, b"a message was not finished in time")
             return 1
+        if self._stream is not None and self._keys_since_ms + self.hub.keys_ms <= mono_ms:
+            self.close_c(CLOSE_KEYS_ENDED, b"")
+            return 1
         if self._received_ms + self.hub.fragment_ms <= mono_ms and self._unfinished():
             # Nobody knows when this half frame began, so it gets one more round.
             if self._stuck_ms == self._received_ms:
@@ -1031,6 +1107,7 @@ cdef class CoreConnection(WSListener):
         self._blocked = False
         self._handed = 0
         self._transport = None
+        self._stream = None
         self._late_ping = None
         self._drop_out()
         self._drop_part()

@@ -19,7 +19,7 @@ PACKAGE: Final = Path(__file__).parents[2] / "fastim"
 FLOORS: Final[tuple[dict[str, str], ...]] = (
     dict.fromkeys(("errors", "model", "clock", "config", "observe", "auth"), "words"),
     {"_core": "_core"},
-    {"protocol": "protocol"},
+    dict.fromkeys(("protocol", "sealing"), "wire"),
     {name: name for name in ("bus", "store", "presence", "search", "push")},
     {name: name for name in ("node", "dispatch", "client")},
     {"api": "api"},
@@ -86,7 +86,7 @@ def test_every_import_goes_to_a_lower_floor() -> None:
 
 
 def plant(root: Path, path: str, text: str) -> list[str]:
-    (root / path).parent.mkdir(parents=True)
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text(text)
     return violations(root)
 
@@ -111,6 +111,8 @@ def plant(root: Path, path: str, text: str) -> list[str]:
         ("_core/conn.pyx", "from fastim cimport (\n    bus as b,\n)\n", "_core (floor 1) imports fastim.bus"),
         ("utils/text.py", "", "utils has no floor"),
         ("bus/kafka.py", "import fastim.utils\n", "which has no floor"),
+        ("_core/conn.pyx", "import fastim.sealing\n", "_core (floor 1) imports fastim.sealing (floor 2)"),
+        ("sealing.py", "from fastim.bus.base import Bus\n", "wire (floor 2) imports fastim.bus.base"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str, said: str) -> None:
@@ -125,6 +127,8 @@ def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str, said
         ("_core/conn.pyx", "from fastim._core.acks cimport AckTable as T, Entry  # not fastim.bus\n"),
         ("bus/kafka.py", "from fastim.bus.base import Bus\nfrom fastim.protocol import Op\n"),
         ("api/rest.py", "from fastim.node.pool import Pool\n"),
+        ("sealing.py", "from fastim._core.cipher import Sealer\nfrom fastim.protocol import Keys\n"),
+        ("client/sealed.py", "from fastim.sealing import Offer\n"),
         ("app/__init__.py", "from fastim.bus.memory import MemoryBus\nfrom fastim.cli import main\n"),
     ],
 )

@@ -112,12 +112,28 @@ def test_other_associated_data_key_or_prefix_is_refused(backend: str) -> None:
             other.open(1, aad, box)
 
 
-def test_a_key_ends(backend: str) -> None:
-    sealer = Sealer(KEY, PREFIX, backend=backend, counter=MAX_FRAMES_PER_KEY - 2)
-    sealer.seal(b"", b"last")
+@pytest.mark.parametrize("counter", [0, 7, MAX_FRAMES_PER_KEY])
+def test_a_key_ends(backend: str, counter: int) -> None:
+    sealer = Sealer(KEY, PREFIX, backend=backend, counter=counter, frames=2)
+    opener = Opener(KEY, PREFIX, backend=backend, counter=counter, frames=1)
+    for text in (b"first", b"last"):
+        assert sealer.left == (2 if text == b"first" else 1)
+        box = sealer.seal(b"", text)
+        if text == b"first":
+            opener.open(counter + 1, b"", box)
     with pytest.raises(UsageError, match="new keys are due"):
         sealer.seal(b"", b"one too many")
-    assert REKEY_FRAMES * 2 == MAX_FRAMES_PER_KEY
+    assert (sealer.left, sealer.counter) == (0, counter + 2)
+    with pytest.raises(PeerError, match="bad_seal"):
+        opener.open(counter + 2, b"", box)
+    assert (opener.left, opener.counter) == (0, counter + 1)
+
+
+def test_a_key_is_good_for_twice_what_makes_new_ones_due() -> None:
+    assert Sealer(KEY, PREFIX).left == Sealer(KEY, PREFIX).frames == MAX_FRAMES_PER_KEY == 2 * REKEY_FRAMES
+    for frames in (0, MAX_FRAMES_PER_KEY + 1):
+        with pytest.raises(UsageError, match="limits 1 and"):
+            Sealer(KEY, PREFIX, frames=frames)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +142,8 @@ def test_a_key_ends(backend: str) -> None:
         (b"short", PREFIX, 0),
         (KEY, b"", 0),
         (KEY, bytes(PREFIX_BYTES + 1), 0),
-        (KEY, PREFIX, MAX_FRAMES_PER_KEY),
+        (KEY, PREFIX, (1 << 53) - MAX_FRAMES_PER_KEY),
+        (KEY, PREFIX, 1 << 53),
     ],
 )
 def test_a_wrong_key_prefix_or_counter_is_the_callers_fault(key: bytes, prefix: bytes, counter: int) -> None:

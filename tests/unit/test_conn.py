@@ -1040,7 +1040,7 @@ async def test_counters_count_frames_packets_and_payload_bytes() -> None:
         assert world.hub.counters() == {
             "frames_in": 3, "frames_out": 1, "packets_in": 2, "packets_out": 1,
             "bytes_in": len(AUTH) + len(encode(Ping())) + len(command("1")), "bytes_out": len(packet),
-            "pings": 1, "ack_frames": 0, "overflows": 0,
+            "pings": 1, "ack_frames": 0, "overflows": 0, "bad_seals": 0,
         }  # fmt: skip
 
 
