@@ -33,6 +33,8 @@ RESEND_S: Final = (2.0, 4.0, 8.0, 16.0, 30.0)
 RECONNECT_S: Final = (0.2, 3.0)
 HELLO_PATIENCE_S: Final = 5.0
 SILENCE_S: Final = 22.0
+FRAME_BYTES: Final = 62_000
+ITEM_BYTES: Final = 100
 
 
 class Phone:
@@ -470,7 +472,14 @@ class App:
         box = self.phone.outbox[conv]
         if not self.live or self.over.is_set() or conv in self.outstanding or not box:
             return
-        sending = Sending(list(box)[: self.device.rng.choice((1, 4, p.MAX_SEND_BATCH))])
+        subs: list[Submission] = []
+        room = FRAME_BYTES
+        for sub in list(box)[: self.device.rng.choice((1, 4, p.MAX_SEND_BATCH))]:
+            room -= len(sub.body) + ITEM_BYTES
+            if subs and room < 0:
+                break
+            subs.append(sub)
+        sending = Sending(subs)
         self.outstanding[conv] = sending
         self._transmit(conv, sending)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fastim._core.acks import AckTable
+from fastim._core.cipher import Opener, Sealer
 from fastim._core.frame import parse_ack, split
 from fastim._core.wheel import Wheel
 from fastim.clock import Clock
@@ -173,6 +174,12 @@ class SimLink:
             self.hub.acks.last_tag(ack_slot)
         self._ack_slot = ack_slot
 
+    sealed = False
+    """The simulation's node has no keys: it answers REKEY with ERROR, so that nobody calls set_keys."""
+
+    def set_keys(self, key_id: int, sealer: Sealer, opener: Opener) -> None:
+        raise UsageError("simulated links do not seal")
+
     def set_pong(self, user_cursor: int) -> None:
         self._user_cursor = user_cursor
 
@@ -262,7 +269,9 @@ class SimLink:
                 self.send(encode(Pong(self.hub.clock.wall_ms(), last, self._user_cursor)))
             elif op in (Op.ACK, Op.ACKS) and self._ack_slot >= 0:
                 self._acked(op, frame)
-            elif not self.authenticated and op != Op.AUTH:
+            elif op == Op.SEALED:
+                self.close(CloseCode.BAD_FRAME)
+            elif not self.authenticated and op not in (Op.AUTH, Op.REKEY):
                 raise PeerError("unauthenticated", f"op {op} before AUTH")
             else:
                 self.owner.on_command(op, frame)

@@ -5,12 +5,15 @@
     python -m tests.simulation.run --planted                 only the planted errors
     python -m tests.simulation.run --search NAME --seeds 500 look for seeds that catch one planted error
 
-Exits 1 if a seed of the correct build fails or a planted error is not caught.
+A planted error runs twice on its stage: without the error (the control, which must pass), then with it.
+Exits 1 if a seed of the correct build fails, a planted error is not caught, or a control fails. --json
+prints one object per outcome, for tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -18,17 +21,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from tests.simulation.planted import PLANTED, Planted
 from tests.simulation.world import Outcome, run_seed
 
 
-def one(job: tuple[int, str]) -> Outcome:
-    seed, error = job
-    return run_seed(seed, PLANTED[error] if error else None)
+class Job(NamedTuple):
+    seed: int
+    error: str = ""
+    control: bool = False
 
 
-def outcomes(jobs: list[tuple[int, str]], processes: int) -> Iterator[Outcome]:
+def one(job: Job) -> Outcome:
+    return run_seed(job.seed, PLANTED[job.error] if job.error else None, control=job.control)
+
+
+def outcomes(jobs: list[Job], processes: int) -> Iterator[Outcome]:
     """In the order of the jobs."""
     if processes == 1 or len(jobs) < 4:
         yield from map(one, jobs)
@@ -41,49 +50,57 @@ def same_hashes() -> None:
     """Sets of strings iterate alike in every run only with a fixed hash seed: start again with one."""
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(
-            sys.executable, [sys.executable, *warning_options(), "-m", "tests.simulation.run", *sys.argv[1:]]
-        )
+        warnings = [f"-W{option}" for option in sys.warnoptions]
+        os.execv(sys.executable, [sys.executable, *warnings, "-m", "tests.simulation.run", *sys.argv[1:]])
 
 
-def warning_options() -> list[str]:
-    return [f"-W{option}" for option in sys.warnoptions]
+def told(outcome: Outcome, **more: object) -> str:
+    found = {
+        "seed": outcome.seed,
+        "violations": outcome.violations,
+        "figures": dict(outcome.figures),
+        "digest": outcome.digest,
+    }
+    return json.dumps(found | more)
 
 
-def show(outcome: Outcome, error: str = "") -> None:
-    plant = f" --plant {error}" if error else ""
-    again = f"python -m tests.simulation.run --seed {outcome.seed}{plant} --verbose"
-    print(f"seed {outcome.seed} FAILS; again: {again}")
-    for text in outcome.violations[:12]:
-        print(f"    {text}")
-
-
-def correct_build(seeds: Iterable[int], processes: int) -> tuple[int, Counter[str]]:
+def correct_build(seeds: Iterable[int], processes: int, as_json: bool) -> tuple[int, Counter[str]]:
     failing = 0
     sums: Counter[str] = Counter()
-    for outcome in outcomes([(seed, "") for seed in seeds], processes):
+    for outcome in outcomes([Job(seed) for seed in seeds], processes):
         sums.update(outcome.figures)
         sums["seeds"] += 1
-        if outcome.violations:
-            failing += 1
-            show(outcome)
-            sys.stdout.flush()
+        failing += bool(outcome.violations)
+        if as_json:
+            print(told(outcome))
+        elif outcome.violations:
+            again = f"python -m tests.simulation.run --seed {outcome.seed} --verbose"
+            print(f"seed {outcome.seed} FAILS; again: {again}")
+            for text in outcome.violations[:12]:
+                print(f"    {text}")
+        sys.stdout.flush()
     return failing, sums
 
 
-def planted_errors(names: Iterable[str], processes: int) -> int:
-    """Each on its pinned seed. Returns how many were not caught."""
-    chosen = list(names)
+def planted_errors(processes: int, as_json: bool) -> int:
+    """Each on its pinned seed, after its control. Returns how many were not caught on a fair stage."""
     missed = 0
-    jobs = [(PLANTED[name].seed, name) for name in chosen]
-    for name, outcome in zip(chosen, outcomes(jobs, processes), strict=True):
-        error = PLANTED[name]
+    jobs = [Job(error.seed, name, control) for name, error in PLANTED.items() for control in (True, False)]
+    results = outcomes(jobs, processes)
+    for (name, error), control, outcome in zip(PLANTED.items(), results, results, strict=True):
         caught = caught_by(error, outcome)
-        if caught:
-            print(f"caught  {name:<46} seed {error.seed:<4} {caught[0][:110]}")
+        good = bool(caught) and not control.violations
+        missed += not good
+        if as_json:
+            print(told(outcome, planted=name, caught=caught, control=control.violations))
+            continue
+        what = f"{name:<40} seed {error.seed:<3}"
+        if good:
+            print(f"caught  {what} {caught[0][:110]}")
+        elif control.violations:
+            print(f"UNFAIR  {what} the correct build fails too: {control.violations[:2]}")
         else:
-            missed += 1
-            print(f"MISSED  {name:<46} seed {error.seed:<4} found only {outcome.violations[:2]}")
+            print(f"MISSED  {what} found only {outcome.violations[:2]}")
     return missed
 
 
@@ -95,10 +112,9 @@ def caught_by(error: Planted, outcome: Outcome) -> list[str]:
 
 
 def search(name: str, seeds: Iterable[int], processes: int, enough: int) -> int:
-    error = PLANTED[name]
     found = 0
-    for outcome in outcomes([(seed, name) for seed in seeds], processes):
-        caught = caught_by(error, outcome)
+    for outcome in outcomes([Job(seed, name) for seed in seeds], processes):
+        caught = caught_by(PLANTED[name], outcome)
         if caught:
             print(f"{name}: seed {outcome.seed} {caught[0][:120]}", flush=True)
             found += 1
@@ -108,38 +124,50 @@ def search(name: str, seeds: Iterable[int], processes: int, enough: int) -> int:
     return 0 if found else 1
 
 
+def one_seed(seed: int, error: str, verbose: bool, as_json: bool) -> int:
+    outcome = run_seed(seed, PLANTED[error] if error else None, verbose=verbose)
+    if as_json:
+        print(told(outcome))
+    else:
+        for text in (*outcome.trace, *outcome.violations):
+            print(text)
+        print(f"seed {seed}: {len(outcome.violations)} violations, {dict(outcome.figures)}")
+    return 1 if outcome.violations else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.simulation.run")
-    parser.add_argument("--seeds", type=int, default=200)
-    parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--plant", default="")
-    parser.add_argument("--planted", action="store_true")
-    parser.add_argument("--search", default="")
-    parser.add_argument("--enough", type=int, default=1)
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--seeds", type=int, default=200, help="how many seeds of the correct build")
+    parser.add_argument("--start", type=int, default=0, help="the first seed")
+    parser.add_argument("--seed", type=int, default=None, help="only this seed")
+    parser.add_argument("--plant", default="", metavar="NAME", help="with --seed: with this planted error")
+    parser.add_argument("--correct", action="store_true", help="only the correct build")
+    parser.add_argument("--planted", action="store_true", help="only the planted errors")
+    parser.add_argument("--search", default="", metavar="NAME", help="seeds that catch this planted error")
+    parser.add_argument("--enough", type=int, default=1, help="with --search: after so many it stops")
+    parser.add_argument("--verbose", action="store_true", help="with --seed: the plan and the trace")
+    parser.add_argument("--json", action="store_true", help="one object per outcome")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     same_hashes()
     logging.disable()
     if options.seed is not None:
-        plant = PLANTED[options.plant] if options.plant else None
-        outcome = run_seed(options.seed, plant, verbose=options.verbose)
-        print("\n".join(outcome.trace))
-        for text in outcome.violations:
-            print(text)
-        print(f"seed {outcome.seed}: {len(outcome.violations)} violations, {dict(outcome.figures)}")
-        return 1 if outcome.violations else 0
+        return one_seed(options.seed, options.plant, options.verbose, options.json)
     seeds = range(options.start, options.start + options.seeds)
     if options.search:
         return search(options.search, seeds, options.processes, options.enough)
     started = time.monotonic()
-    failing, sums = (0, Counter[str]()) if options.planted else correct_build(seeds, options.processes)
-    missed = planted_errors(PLANTED, options.processes)
-    seconds = time.monotonic() - started
-    figures = ", ".join(f"{name} {count:,}" for name, count in sorted(sums.items()))
-    print(f"simulation: {failing} failing; {len(PLANTED) - missed} of {len(PLANTED)} planted errors caught;"
-          f" {seconds:.1f} s on {options.processes} processes; {figures}")  # fmt: skip
+    failing, missed, sums = 0, 0, Counter[str]()
+    if not options.planted:
+        failing, sums = correct_build(seeds, options.processes, options.json)
+    if not options.correct:
+        missed = planted_errors(options.processes, options.json)
+    if not options.json:
+        seconds = time.monotonic() - started
+        figures = ", ".join(f"{name} {count:,}" for name, count in sorted(sums.items()))
+        print(f"{figures}; {options.processes} processes, {seconds:.1f} s")
+        caught = f"{len(PLANTED) - missed} of {len(PLANTED)} planted errors caught"
+        print(f"simulation: {failing} failing; {caught}; {seconds:.1f} s")
     return 1 if failing or missed else 0
 
 

@@ -10,6 +10,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Final
 
+from fastim.model import Flag
+
 WARM_UP_S: Final = 1.0
 """Everybody who ever comes connects once before the first send and the first fault."""
 
@@ -41,6 +43,8 @@ class SendPlan:
     """0: must never be lost."""
     count: int = 1
     flags: int = 0
+    size: int = 0
+    """The body is filled up to so many bytes."""
 
 
 @dataclass
@@ -99,6 +103,7 @@ FAULTS: Final = (
     ("crash", 4),
     ("power", 3),
     ("crash_in_commit", 2),
+    ("crash_again", 1),
     ("pause", 2),
     ("presence_flush", 3),
     ("disk_full", 2),
@@ -116,7 +121,7 @@ def draw(seed: int) -> Plan:
     """The plan of a seed. Quiet runs, stormy runs, and runs with one kind of fault all occur."""
     rng = random.Random(f"plan {seed}")
     plan = Plan(seed)
-    plan.end_s = rng.choice((12.0, 20.0, 30.0))
+    plan.end_s = rng.choice((12.0, 20.0, 30.0)) if rng.random() < 0.95 else 150.0
     names = [f"u{n}" for n in range(rng.randint(2, 4))]
     for user in names:
         for number in range(rng.choice((1, 1, 2))):
@@ -162,12 +167,19 @@ def draw(seed: int) -> Plan:
         at = rng.uniform(WARM_UP_S, plan.end_s - 1.0)
         loss = rng.choice((0, 0, 0, 0, 0, 0, 400, 3_000, 15_000, 3_600_000))
         count = rng.choice((1, 1, 1, 2, 5))
+        size = rng.choice((2_000, 20_000, 60_000)) if rng.random() < 0.1 else 0
+        flags = rng.choice((0, 0, 0, 0, int(Flag.NO_PUSH), int(Flag.SILENT)))
+        if rng.random() < 0.05:
+            user = rng.choice(everybody)
+            plan.sends.append(SendPlan(at, None, "system", f"s:{user}", loss, 1, flags, size))
+            continue
         able = [d for d in senders if d.user in members]
         if not able or rng.random() < 0.2:
-            plan.sends.append(SendPlan(at, None, rng.choice(members), conv, loss, 1))
+            plan.sends.append(SendPlan(at, None, rng.choice(members), conv, loss, 1, flags, size))
         else:
             device = rng.choice(able)
-            plan.sends.append(SendPlan(at, (device.user, device.device), device.user, conv, loss, count))
+            where = (device.user, device.device)
+            plan.sends.append(SendPlan(at, where, device.user, conv, loss, count, flags, size))
     if rng.random() < 0.15:
         # One burst that fills the window of 128 messages.
         conv, members = rng.choice(convs)

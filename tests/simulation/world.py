@@ -74,6 +74,7 @@ class World:
         self.furthest_jump_ms = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self._trap: tuple[int, str] | None = None
+        self._next_trap: tuple[int, str] | None = None
         self._disk_count = 0
         self.scheduler.on_failure = self._on_failure
         self.scheduler.before_callback = self._before
@@ -110,6 +111,7 @@ class World:
         self._disk_count += 1
         self.say(f"server start {self._disk_count}")
         self.server = Server(self, self._disk_count, Disk(self.directory))
+        self._trap, self._next_trap = self._next_trap, None
         self.server.launch()
 
     def kill_server(self, power: bool) -> None:
@@ -188,6 +190,11 @@ class World:
 
     def fault_power(self, fault: FaultPlan) -> None:
         self._trap = (fault.number * 3, "power")
+
+    def fault_crash_again(self, fault: FaultPlan) -> None:
+        """Killed, and again while it starts and recovers."""
+        self._trap = (0, "kill")
+        self._next_trap = (fault.number, "kill" if fault.number % 2 else "power")
 
     def fault_crash_in_commit(self, fault: FaultPlan) -> None:
         """The power goes off at the n-th write to the disk from now."""
@@ -281,7 +288,7 @@ class World:
     def _send(self, send: SendPlan, number: int) -> None:
         client_id = number.to_bytes(16, "big")
         loss = self.clock.wall_ms() + send.loss_after_ms if send.loss_after_ms else 0
-        body = f"{send.sender} {number}".encode()
+        body = f"{send.sender} {number}".encode().ljust(send.size, b".")
         device = "" if send.device is None else send.device[1]
         sub = Submission(client_id, send.sender, device, send.conv, body, loss, send.flags)
         self.submissions.append(sub)
@@ -334,7 +341,7 @@ class World:
     def _calm(self) -> None:
         """The faults stop: everything that returns, returns."""
         self.say("calm")
-        self._trap = None
+        self._trap = self._next_trap = None
         self.network.extra_s = 0.0
         # A due row that was written by a clock that ran ahead waits for its moment: P18 promises ids, seqs
         # and sweeps, not that rows follow a clock that goes back. So it ends where it was furthest.
