@@ -26,6 +26,7 @@ cdef enum:
     MAX_CONTROL_BYTES = 125
     MAX_REASON_BYTES = 123
     GAP_BYTES = 4       # in front of a packet: the header of 126 to 65,535 bytes
+    FIRST_OUT = 2_048   # bytes of a pooled output buffer
 
 
 cdef struct Write:
@@ -39,8 +40,24 @@ cdef struct Write:
     Py_ssize_t sent
 
 
+cdef struct Seat:
+    # A link's place in an audience.
+    int audience        # its number at the hub
+    uint32_t index      # of the link among the members
+
+
 cdef class CoreConnection
 cdef class CoreHub
+
+
+cdef class Audience:
+    # Links that are written together, as the hub and its links know it. See fanout.pyx.
+    cdef:
+        int number      # at the hub; -1 while it has no member
+        bint due        # the tick has to write
+
+    cdef int _left(self, uint32_t index) except -1
+    cdef int _write_some(self, int most) except -1
 
 
 @cython.final
@@ -62,15 +79,22 @@ cdef class CoreHub:
         readonly uint64_t keys_ms
         readonly Py_ssize_t soft_bytes
         readonly Py_ssize_t hard_bytes
+        readonly int sends_a_tick   # of all audiences together: 7 ms, and then others have their turn
 
         # By slot of the wheel: the link or None, and when something is late (0: nothing can be).
         list _links
         uint64_t* _deadlines
+        int* _fds               # where whole frames may be written past a link that has no queue; -1: ask it
         Py_ssize_t _capacity
+
+        # Audiences with members, by their number; free numbers.
+        list _audiences
+        list _numbers
 
         # The tick.
         list _dirty             # links with something to write
         list _gone              # links that ended and whose owner does not know
+        list _due               # audiences with something to write
         bint _scheduled
 
         # Free output buffers, so that a burst does not go through malloc.
@@ -84,6 +108,10 @@ cdef class CoreHub:
     cdef int _enter(self, CoreConnection link, uint64_t mono_ms) except -1
     cdef int _leave(self, CoreConnection link) except -1
     cdef int _wake(self) except -1
+    cdef int _enlist(self, Audience audience) except -1
+    cdef int _delist(self, Audience audience) except -1
+    cdef int _make_due(self, Audience audience) except -1
+    cdef int _write_due(self) except -1
     cdef int _write_all(self, list links) except -1
     cdef int _write_group(self, Write* writes, int count) except -1
     cdef char* _take_buffer(self) noexcept nogil
@@ -142,9 +170,21 @@ cdef class CoreConnection(WSListener):
         Py_ssize_t _handed      # at most so many
         bytes _late_ping        # the newest ping beyond those answered one by one
 
+        # Audiences it is a member of.
+        Seat* _seats
+        uint32_t _seat_count
+        uint32_t _seat_capacity
+
     cdef int send_c(self, const void* head, Py_ssize_t head_bytes, const void* body, Py_ssize_t body_bytes) except -1
     cdef int close_c(self, int code, bytes reason) except -1
     cdef int abort_c(self, bint orderly) except -1
+    cdef bint take_c(self, const char* p, Py_ssize_t n, object view, Py_ssize_t most) except -1
+
+    # What an audience uses.
+    cdef Seat* _seat_in(self, int audience) noexcept
+    cdef int _sit_down(self, int audience, uint32_t index) except -1
+    cdef void _get_up(self, Seat* seat) noexcept
+    cdef int _leave_audiences(self) except -1
 
     cdef int _open(self, WSTransport transport) except -1
     cdef void _broken(self, object error) noexcept
@@ -165,6 +205,7 @@ cdef class CoreConnection(WSListener):
     cdef int _seal(self) except -1
     cdef int _control(self, int opcode, const char* p, Py_ssize_t n) except -1
     cdef int _mark(self) except -1
+    cdef void _offer(self) noexcept
     cdef int _flush(self, bint force) except -1
     cdef bint _take_output(self, Write* write, bint force) except -1
     cdef int _hand_over(self, Write* write) except -1

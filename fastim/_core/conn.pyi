@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, Self, final
 
 from picows import WSListener
+from typing_extensions import disjoint_base
 
 from fastim._core.acks import AckTable
 from fastim._core.cipher import Opener, Sealer
@@ -19,6 +20,9 @@ PICOWS: Final[str]
 READ_BUFFER_BYTES: Final[int]
 
 def live() -> dict[str, int]: ...
+
+@disjoint_base
+class Audience: ...
 
 @final
 class CoreHub:
@@ -38,6 +42,7 @@ class CoreHub:
         keys_ms: int = 7_200_000,
         soft_bytes: int = 262_144,
         hard_bytes: int = 524_288,
+        sends_a_tick: int = 2_048,
     ) -> Self: ...
     @property
     def auth_ms(self) -> int: ...
@@ -51,6 +56,8 @@ class CoreHub:
     def soft_bytes(self) -> int: ...
     @property
     def hard_bytes(self) -> int: ...
+    @property
+    def sends_a_tick(self) -> int: ...
     def now_ms(self) -> int: ...
     def link_at(self, slot: int) -> CoreConnection | None: ...
     def sweep(self, mono_ms: int) -> int: ...

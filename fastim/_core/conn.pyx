@@ -18,6 +18,8 @@ N3  what the peer does can end its own link and nothing else                    
 N4  while the transport holds bytes of ours nothing is handed to it; queued bytes are bounded       same
 N5  with keys, nothing that is not sealed is taken or sent but WebSocket's own control frames
                                                                           tests/unit/test_conn_sealed.py
+N6  an audience writes behind what a link has queued, and forgets a link when it stops being OPEN
+                                                                          tests/unit/test_fanout.py
 Calling the owner can do anything to this link, its end included: so every loop below looks at _state again after
 each call, and buffers that are being read are first taken out of the object.
 Source: RFC 6455; fastim.node.link; docs/adr/0010.
@@ -84,7 +86,6 @@ cdef Py_ssize_t _live_hubs = 0
 cdef Py_ssize_t _live_buffers = 0
 
 cdef enum:
-    FIRST_OUT = 2_048           # bytes of a pooled output buffer
     POOLED = 512                # buffers kept: 1 MiB
     EARLY_BYTES = 65_536        # queued so many, a link is written before the tick
     FIRST_PART = 2_048
@@ -92,8 +93,9 @@ cdef enum:
     ALONE = 4                   # fewer writes are not worth giving up the GIL
     PONGS_AT_ONCE = 32          # of a tick; RFC 6455 5.5.3 lets us answer the newest only
     SWEPT_AT_ONCE = 256
+    FIRST_SEATS = 2
     SPARE_BYTES = 6             # a packet of 65,536 bytes has a longer header than its gap
-    BEHIND_BYTES = SPARE_BYTES + TAG_BYTES
+    BEHIND_BYTES = 22           # SPARE_BYTES and TAG_BYTES; a sum does not translate with overflow checks
 
     READ_BUFFER = 2_048         # picows' least; what the listener must ask for, see _unfinished
 
@@ -139,6 +141,24 @@ cdef inline bint _is_close_code(int code) noexcept nogil:
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
+cdef class Audience:
+    """Links that are written together. The hub knows it while it has members, and so do they."""
+
+    def __cinit__(self):
+        self.number = -1
+
+    cdef int _left(self, uint32_t index) except -1:
+        """The member at `index` is no longer OPEN."""
+        raise NotImplementedError
+
+    cdef int _write_some(self, int most) except -1:
+        """Called by the tick, once for every _make_due, behind everything that links have queued.
+
+        At most so many sends; returns how many it took.
+        """
+        raise NotImplementedError
+
+
 @cython.final
 cdef class CoreHub:
     """What the links of a node share: ack table, wheel, the tick, bounds and counters."""
@@ -156,6 +176,7 @@ cdef class CoreHub:
         uint64_t keys_ms=7_200_000,
         Py_ssize_t soft_bytes=262_144,
         Py_ssize_t hard_bytes=524_288,
+        int sends_a_tick=2_048,
     ):
         global _live_hubs
         if FASTIM_DEBUG:
@@ -165,6 +186,8 @@ cdef class CoreHub:
                 f"soft_bytes is {soft_bytes:,} and hard_bytes {hard_bytes:,};"
                 f" limits {MAX_PACKET_BYTES:,} <= soft <= hard <= {1 << 30:,}"
             )
+        if sends_a_tick < 1:
+            raise UsageError(f"sends_a_tick is {sends_a_tick}; at least 1")
         self._loop = loop
         self._acks = acks
         self._wheel = wheel
@@ -175,9 +198,13 @@ cdef class CoreHub:
         self.keys_ms = keys_ms
         self.soft_bytes = soft_bytes
         self.hard_bytes = hard_bytes
+        self.sends_a_tick = sends_a_tick
         self._links = []
+        self._audiences = []
+        self._numbers = []
         self._dirty = []
         self._gone = []
+        self._due = []
         self._pool = <char**>malloc(POOLED * sizeof(char*))
         if self._pool == NULL:
             raise MemoryError()
@@ -190,6 +217,7 @@ cdef class CoreHub:
             _count_buffer(-1)
         free(self._pool)
         free(self._deadlines)
+        free(self._fds)
         if FASTIM_DEBUG:
             _live_hubs -= 1
 
@@ -271,8 +299,14 @@ cdef class CoreHub:
                 self._wheel.remove_c(slot)
                 raise MemoryError()
             self._deadlines = <uint64_t*>grown
+            grown = realloc(self._fds, <size_t>capacity * sizeof(int))
+            if grown == NULL:
+                self._wheel.remove_c(slot)
+                raise MemoryError()
+            self._fds = <int*>grown
             while self._capacity < capacity:
                 self._deadlines[self._capacity] = 0
+                self._fds[self._capacity] = -1
                 self._capacity += 1
         self._links[slot] = link
         link.slot = slot
@@ -282,6 +316,7 @@ cdef class CoreHub:
         """Take the slot back and have the owner told."""
         self._links[link.slot] = None
         self._deadlines[link.slot] = 0
+        self._fds[link.slot] = -1
         self._wheel.remove_c(link.slot)
         link.slot = -1
         self._gone.append(link)
@@ -316,6 +351,58 @@ cdef class CoreHub:
         links = self._dirty
         self._dirty = []
         self._write_all(links)
+        if self._due:
+            self._write_due()
+
+    # -- audiences
+
+    cdef int _enlist(self, Audience audience) except -1:
+        """Its first member comes."""
+        if self._numbers:
+            audience.number = self._numbers.pop()
+            self._audiences[audience.number] = audience
+        else:
+            self._audiences.append(audience)
+            audience.number = <int>len(self._audiences) - 1
+        return 0
+
+    cdef int _delist(self, Audience audience) except -1:
+        """Its last member has left, so no seat names the number."""
+        self._audiences[audience.number] = None
+        self._numbers.append(audience.number)
+        audience.number = -1
+        return 0
+
+    cdef int _make_due(self, Audience audience) except -1:
+        if not audience.due:
+            self._due.append(audience)
+            audience.due = True
+            self._wake()
+        return 0
+
+    cdef int _write_due(self) except -1:
+        """As much as a tick may send; whoever is not done goes on in the next one, behind those who waited."""
+        cdef Audience audience
+        cdef list due = self._due
+        cdef list waiting = []
+        cdef int left = self.sends_a_tick
+        self._due = []
+        for audience in due:
+            if left <= 0:
+                waiting.append(audience)
+                continue
+            audience.due = False
+            try:
+                left -= audience._write_some(left)
+            except BaseException as error:
+                self._fatal(error)
+        if waiting:
+            self._due = waiting + self._due
+        if self._due:
+            self._wake()
+        return 0
+
+    # -- writing
 
     cdef int _write_all(self, list links) except -1:
         """Write each link once, plain sockets in groups without the GIL. The list keeps the links alive."""
@@ -407,6 +494,7 @@ cdef class CoreConnection(WSListener):
             free(self._out)
             _count_buffer(-1)
         self._drop_part()
+        free(self._seats)
         if FASTIM_DEBUG:
             _live_connections -= 1
 
@@ -448,6 +536,7 @@ cdef class CoreConnection(WSListener):
         self._peer_ended = value
         if value and self._state == OPEN:
             self._state = CLOSING
+            self._leave_audiences()
             self._drop_out()
             self._drop_part()
             self._set_deadline(_clock_ms(CLOCK_MONOTONIC))
@@ -481,6 +570,7 @@ cdef class CoreConnection(WSListener):
         else:
             self._stream.renew_c(key_id, sealer, opener)
         self._keys_since_ms = _clock_ms(CLOCK_MONOTONIC)
+        self._offer()
 
     def set_pong(self, uint64_t user_cursor) -> None:
         """What PONG says about the user's change index."""
@@ -546,10 +636,12 @@ cdef class CoreConnection(WSListener):
     cpdef pause_writing(self):
         # With a high-water mark of 0: the transport could not write everything.
         self._blocked = True
+        self._offer()
 
     cpdef resume_writing(self):
         self._blocked = False
         self._handed = 0
+        self._offer()
         try:
             if self._state == OPEN and (self._out != NULL or self._late_ping is not None):
                 self._mark()
@@ -587,6 +679,7 @@ cdef class CoreConnection(WSListener):
         self._received_ms = now
         self._auth_by_ms = now + self.hub.auth_ms
         self._set_deadline(now)
+        self._offer()
         transport.underlying_transport.set_write_buffer_limits(0)
         if self.hub.accept is None:
             self.abort_c(False)
@@ -938,6 +1031,12 @@ cdef class CoreConnection(WSListener):
             self.hub._wake()
         return 0
 
+    cdef void _offer(self) noexcept:
+        """Tell the hub whether an audience may write to the socket past this link, once its queue is written."""
+        cdef bint free_to_write = self._state == OPEN and not self._blocked and self._stream is None
+        if self.slot >= 0:
+            self.hub._fds[self.slot] = self._fd if free_to_write else -1
+
     cdef int _flush(self, bint force) except -1:
         """Write everything queued with one call, unless the transport is behind; `force`: even then."""
         cdef Write write
@@ -1010,6 +1109,91 @@ cdef class CoreConnection(WSListener):
         self._out_size = 0
         self._packet = 0
 
+    # -- audiences
+
+    cdef bint take_c(self, const char* p, Py_ssize_t n, object view, Py_ssize_t most) except -1:
+        """Write or queue whole BINARY frames behind what is queued, unless more than `most` bytes would wait.
+
+        False when they would; nothing was taken then. `view` are the same bytes; p is not kept. Never calls the
+        owner.
+        """
+        cdef Py_ssize_t at = 0, size = 0
+        if self._state != OPEN:
+            return True
+        if self._out_size - self._out_start + self._handed + n > most and self._waiting() + n > most:
+            return False
+        if self._stream is not None:
+            while at < n and self._state == OPEN:
+                size = <uint8_t>p[at + 1]
+                at += 2
+                if size == 126:
+                    size = (<Py_ssize_t><uint8_t>p[at] << 8) | <uint8_t>p[at + 1]
+                    at += 2
+                # Nothing joins it: it may hold as many frames as a packet can.
+                self._seal()
+                self.send_c(NULL, 0, p + at, size)
+                self._seal()
+                at += size
+        elif self._blocked or self._out != NULL:
+            self._seal()
+            self._room(n)
+            memcpy(self._out + self._out_size, p, <size_t>n)
+            self._out_size += <uint32_t>n
+        elif self._transport._is_aiofn_transport:
+            self._handed += n
+            self._transport._tr_write(view)
+            if not self._blocked:
+                self._handed = 0
+            return True
+        else:
+            self._give_transport(p, n)
+            return True
+        if self._state == OPEN and not self._blocked:
+            self._flush(False)
+        return True
+
+    cdef Seat* _seat_in(self, int audience) noexcept:
+        """NULL when it is no member. O(audiences of this link)."""
+        cdef uint32_t i
+        for i in range(self._seat_count):
+            if self._seats[i].audience == audience:
+                return &self._seats[i]
+        return NULL
+
+    cdef int _sit_down(self, int audience, uint32_t index) except -1:
+        """Become the member at `index`; the caller knows that it is none."""
+        cdef uint32_t capacity
+        cdef void* grown
+        if self._seat_count == self._seat_capacity:
+            capacity = FIRST_SEATS if self._seat_capacity == 0 else self._seat_capacity * 2
+            grown = realloc(self._seats, capacity * sizeof(Seat))
+            if grown == NULL:
+                raise MemoryError()
+            self._seats = <Seat*>grown
+            self._seat_capacity = capacity
+        self._seats[self._seat_count].audience = audience
+        self._seats[self._seat_count].index = index
+        self._seat_count += 1
+        return 0
+
+    cdef void _get_up(self, Seat* seat) noexcept:
+        """Give a seat back; the audience is told by the caller."""
+        self._seat_count -= 1
+        seat[0] = self._seats[self._seat_count]
+        if self._seat_count == 0:
+            free(self._seats)
+            self._seats = NULL
+            self._seat_capacity = 0
+
+    cdef int _leave_audiences(self) except -1:
+        cdef Seat seat
+        self._offer()
+        while self._seat_count > 0:
+            seat = self._seats[self._seat_count - 1]
+            self._get_up(&self._seats[self._seat_count - 1])
+            (<Audience>self.hub._audiences[seat.audience])._left(seat.index)
+        return 0
+
     # -- the end
 
     cdef int close_c(self, int code, bytes reason) except -1:
@@ -1031,6 +1215,7 @@ cdef class CoreConnection(WSListener):
         memcpy(payload + 2, p, <size_t>n)
         self._control(WSMsgType.CLOSE, payload, 2 + n if code != 0 else 0)
         self._state = CLOSING
+        self._leave_audiences()
         self.close_code = code if code != 0 else CLOSE_NO_CODE
         self._set_deadline(_clock_ms(CLOCK_MONOTONIC))
         self._drop_part()
@@ -1100,6 +1285,7 @@ cdef class CoreConnection(WSListener):
         if self._state != OPEN and self._state != CLOSING:
             return 0
         self._state = ENDED
+        self._leave_audiences()
         self.close_code = code
         self._orderly = orderly
         self._ack_slot = -1

@@ -8,8 +8,8 @@ from fastim._core.frame cimport MAX_PACKET_BYTES, SEALED_HEADER_BYTES
 
 
 cdef enum:
-    # What one SEALED holds at most, so that it is a packet itself: 65,501.
-    MAX_INNER_BYTES = MAX_PACKET_BYTES - SEALED_HEADER_BYTES - TAG_BYTES
+    # What one SEALED holds at most, so that it is a packet itself: MAX_PACKET_BYTES - SEALED_HEADER_BYTES - TAG_BYTES.
+    MAX_INNER_BYTES = 65_501    # written out: a sum does not translate with overflow checks
 
 
 @cython.final
