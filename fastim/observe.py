@@ -102,6 +102,8 @@ BYTES_OUT = Tally("bytes_out", "Payload bytes written")
 PINGS = Tally("pings", "PING frames answered in C")
 ACK_FRAMES = Tally("ack_frames", "ACK and ACKS frames resolved in C")
 OVERFLOWS = Tally("write_overflows", "Connections aborted because their write buffer passed the hard bound")
+SEALED = _counter("sealed", "Agreements on keys of sealed connections: new renewed refused", ["how"])
+BAD_SEALS = Tally("bad_seals", "Connections closed because a sealed frame did not open or was missing")
 ERRORS_SENT = _counter("errors_sent", "ERROR frames and problem bodies, by code", ["code"])
 
 # Sessions and delivery.

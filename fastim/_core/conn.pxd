@@ -147,6 +147,7 @@ cdef class CoreConnection(WSListener):
 
         # Sealing: None until keys were agreed, and then every packet is one frame of it.
         SealedStream _stream
+        readonly bint sealed    # keys were agreed
         uint64_t _keys_since_ms
 
         # A fragmented message; _fragments is 0 when there is none.

@@ -552,11 +552,6 @@ cdef class CoreConnection(WSListener):
             self.hub._acks._open_slot(ack_slot)
         self._ack_slot = ack_slot
 
-    @property
-    def sealed(self) -> bool:
-        """Keys were agreed."""
-        return self._stream is not None
-
     def set_keys(self, uint32_t key_id, Sealer sealer not None, Opener opener not None) -> None:
         """Seal what is sent from now on. Call it right behind the send of KEYS, which stays outside, and under the
         keys of before if there are any. The first keys hold at once for what is received; later ones from the peer's
@@ -569,6 +564,7 @@ cdef class CoreConnection(WSListener):
             self._stream = SealedStream(key_id, sealer, opener, client=False)
         else:
             self._stream.renew_c(key_id, sealer, opener)
+        self.sealed = True
         self._keys_since_ms = _clock_ms(CLOCK_MONOTONIC)
         self._offer()
 

@@ -37,7 +37,16 @@ from fastim.node.link import Link
 from fastim.node.pool import ConnPool
 from fastim.node.session import Session
 from fastim.presence.base import Attachment, PresenceStore
-from fastim.protocol import MAX_PACKET_BYTES, VERSION, Auth, CloseCode, Hello, Kicked, encode
+from fastim.protocol import (
+    MAX_PACKET_BYTES,
+    MAX_SEALED_BYTES,
+    VERSION,
+    Auth,
+    CloseCode,
+    Hello,
+    Kicked,
+    encode,
+)
 from fastim.store.base import MessageStore
 
 RESUMED_NEW: Final = 0
@@ -257,7 +266,8 @@ class Handshake:
                 Hello(
                     VERSION, session.id, session.user, session.device, self._clock.wall_ms(), resumed,
                     limits.heartbeat_ms, limits.idle_ms, limits.resume_ttl_ms, limits.window_messages,
-                    limits.window_bytes, MAX_PACKET_BYTES, session.badge, session.head_version,
+                    limits.window_bytes, MAX_SEALED_BYTES if link.sealed else MAX_PACKET_BYTES,
+                    session.badge, session.head_version,
                 )
             )
         )  # fmt: skip

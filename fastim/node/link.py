@@ -10,7 +10,9 @@ L3  on_closed is called exactly once per link, after the last on_command, and ne
     send_msg, close or abort
 L4  after close or abort, and after the socket ended, nothing is sent, nothing more is received, and every
     method is a no-op
-L5  before `authenticated` is set only AUTH reaches on_command
+L5  before `authenticated` is set only AUTH and REKEY reach on_command; SEALED never does
+L6  from set_keys on every packet is sealed both ways; what does not open, or comes in clear, ends the link
+    with 4509 and nothing else
 
 Source: architecture, "The core's rule"; tests/unit/test_conn.py, tests/system/test_listener.py.
 """
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
+
+from fastim._core.cipher import Opener, Sealer
 
 CLOSE_ABORT_MS = 1_000
 """How long a peer may take to finish the closing handshake before its socket is aborted."""
@@ -51,7 +55,7 @@ class Link(Protocol):
 
     owner: LinkOwner
     authenticated: bool
-    """False until the session says otherwise; until then only AUTH is let through."""
+    """False until the session says otherwise; until then only AUTH and REKEY are let through."""
 
     @property
     def peer(self) -> str:
@@ -71,6 +75,18 @@ class Link(Protocol):
     @property
     def overflow(self) -> bool:
         """True while more than the soft bound (256 KiB) waits to be written."""
+        ...
+
+    @property
+    def sealed(self) -> bool:
+        """Keys were agreed."""
+        ...
+
+    def set_keys(self, key_id: int, sealer: Sealer, opener: Opener) -> None:
+        """Seal what is sent from now on; call it right behind the send of KEYS.
+
+        The first keys hold at once for what is received, later ones from the peer's first frame under them.
+        """
         ...
 
     def bind(self, ack_slot: int) -> None:

@@ -393,7 +393,8 @@ class Listener:
             code = link.close_code
             observe.CONNECTIONS.dec()
             observe.CONNECTIONS_CLOSED.labels(str(code) if code in _LABELLED else "other").inc()
-            fault = not link.authenticated and code in _FAULTS
+            # Whoever had keys made and did not say who it is cost as much as a failed TLS handshake.
+            fault = not link.authenticated and (code in _FAULTS or link.sealed)
         if fault and sock.address is not None and sock.address not in self._balancers:
             self._limit.failed(sock.address)
 
@@ -461,6 +462,7 @@ def attach_core_metrics(hub: CoreHub) -> Callable[[], None]:
         observe.PINGS: "pings",
         observe.ACK_FRAMES: "ack_frames",
         observe.OVERFLOWS: "overflows",
+        observe.BAD_SEALS: "bad_seals",
     }
     for tally, name in tallies.items():
         tally.attach(hub, lambda name=name: hub.counters()[name])  # type: ignore[misc]

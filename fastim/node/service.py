@@ -18,7 +18,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, Final
 
 from fastim import observe
 from fastim._core.acks import AckTable
@@ -38,7 +38,8 @@ from fastim.node.link import Hub, Link
 from fastim.node.pool import ConnPool
 from fastim.node.session import Session
 from fastim.presence.base import PresenceStore
-from fastim.protocol import Auth, CloseCode, Error, Goaway, Op, decode, encode
+from fastim.protocol import Auth, CloseCode, Error, Goaway, Op, Rekey, decode, encode
+from fastim.sealing import REFUSED, SealKeys
 from fastim.store.base import Behind, MessageStore
 
 _log = logging.getLogger("fastim.node")
@@ -53,25 +54,38 @@ def encode_error(op: int, error: PeerError) -> bytes:
     return encode(Error(op, error.code, error.detail, error.retryable, error.retry_after_ms))
 
 
+_REKEY: Final = int(Op.REKEY)
+_NO_SEALS: Final = "this server has no keys to seal with (node.seal_keys)"
+
+
 class _Connection:
     """What the node sets per link (link.LinkOwner)."""
 
-    __slots__ = ("joining", "link", "node", "session")
+    __slots__ = ("agreed_mono_ms", "joining", "key_id", "link", "node", "session")
 
     def __init__(self, node: Node, link: Link) -> None:
         self.node = node
         self.link = link
         self.session: Session | None = None
         self.joining = False
+        self.key_id = 0
+        self.agreed_mono_ms = 0
+        """When, and under which id, the newest keys were agreed."""
 
     def on_command(self, op: int, frame: bytes) -> None:
         session = self.session
+        if op == _REKEY:
+            self._rekey(frame, live=session is not None and session.link is self.link)
+            return
         if session is not None and session.link is self.link:
             self.node.commands.take(session, op, frame)
             return
         try:
             if op != Op.AUTH or self.joining:
                 raise PeerError("unauthenticated", "AUTH is the first frame, once; wait for HELLO")
+            seals = self.node.seals
+            if seals is not None and seals.required and not self.link.sealed:
+                raise PeerError("seal_required", "this server takes AUTH inside SEALED only")
             auth = decode(op, frame)
             assert isinstance(auth, Auth)
             identity = self.node.handshake.check(auth)
@@ -83,8 +97,38 @@ class _Connection:
         self.link.authenticated = True
         self.node.spawn(self._login(auth, identity), f"login {identity.user}")
 
+    def _rekey(self, frame: bytes, *, live: bool) -> None:
+        """Agree on keys, as the first thing of a connection, or on new ones inside a sealed session."""
+        link, seals = self.link, self.node.seals
+        if seals is None and live:
+            raise PeerError("unsupported", _NO_SEALS)
+        try:
+            if seals is None:
+                raise PeerError("unsupported", _NO_SEALS)
+            rekey = decode(_REKEY, frame)
+            assert isinstance(rekey, Rekey)
+            mono_ms = self.node.mono_ms()
+            if not self._may_agree(rekey.key_id, mono_ms, live=live):
+                raise PeerError("bad_seal", REFUSED)
+            keys, agreed = seals.answer(rekey)
+        except PeerError as error:
+            observe.SEALED.labels("refused").inc()
+            self._refuse(_REKEY, error)
+            return
+        observe.SEALED.labels("renewed" if link.sealed else "new").inc()
+        self.key_id, self.agreed_mono_ms = rekey.key_id, mono_ms
+        link.send(encode(keys))
+        link.set_keys(keys.key_id, *agreed.server(seals.frames))
+
+    def _may_agree(self, key_id: int, mono_ms: int, *, live: bool) -> bool:
+        """X25519 is dear: once before AUTH, and then not often."""
+        if not self.link.sealed:
+            return not live and not self.joining
+        late_enough = mono_ms - self.agreed_mono_ms >= self.node.limits.rekey_least_ms
+        return live and late_enough and key_id > self.key_id
+
     def _refuse(self, op: int, error: PeerError) -> None:
-        """Before HELLO every refusal is the end: there is no session to go on with."""
+        """Before HELLO every refusal is the end: there is no session to go on with. So are keys that fail."""
         self.link.send(encode_error(op, error))
         self.link.close(_REFUSALS.get(error.code, CloseCode.AUTH), error.code)
 
@@ -107,7 +151,10 @@ _REFUSALS: Mapping[str, int] = {
     "bad_ack": CloseCode.BAD_FRAME,
     "bad_frame": CloseCode.BAD_FRAME,
     "bad_id": CloseCode.BAD_FRAME,
+    "bad_seal": CloseCode.BAD_FRAME,
     "bad_version": CloseCode.BAD_FRAME,
+    "seal_required": CloseCode.BAD_FRAME,
+    "unsupported": CloseCode.BAD_FRAME,
     "too_many_devices": CloseCode.KICKED,
 }
 
@@ -131,9 +178,13 @@ class Node:
         rng: random.Random,
         limits: NodeLimits | None = None,
         kinds: Mapping[int, KindRule] = DEFAULT_KINDS,
+        seals: SealKeys | None = None,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self.name = name
+        self.seals = seals
+        """None: REKEY is not supported."""
+        self.mono_ms = clock.mono_ms
         self.boot = boot
         self.limits = limits = limits or NodeLimits()
         self.inbox = inbox_topic(name, boot)

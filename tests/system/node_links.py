@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fastim._core.acks import AckTable
+from fastim._core.cipher import Opener, Sealer
 from fastim._core.frame import parse_ack, split
+from fastim._core.sealed import SealedStream
 from fastim._core.wheel import Wheel
 from fastim.clock import Clock
 from fastim.errors import PeerError
@@ -128,6 +130,7 @@ class FakeLink:
         self.out_bytes = 0
         self.stuck = False
         """The peer does not read."""
+        self.stream: SealedStream | None = None
         self.slot = hub.wheel.add(now_ms)
         hub.links[self.slot] = self
 
@@ -152,6 +155,17 @@ class FakeLink:
             if ack_slot != -1:
                 self.hub.acks.unacked(ack_slot)  # raises for a slot that is not open
             self.ack_slot = ack_slot
+
+    @property
+    def sealed(self) -> bool:
+        return self.stream is not None
+
+    def set_keys(self, key_id: int, sealer: Sealer, opener: Opener) -> None:
+        self.flush()
+        if self.stream is None:
+            self.stream = SealedStream(key_id, sealer, opener, client=False)
+        else:
+            self.stream.renew(key_id, sealer, opener)
 
     def set_pong(self, user_cursor: int) -> None:
         self.user_cursor = user_cursor
@@ -181,7 +195,7 @@ class FakeLink:
             while out and count < MAX_FRAMES_PER_PACKET and len(packet) + len(out[0]) <= MAX_PACKET_BYTES:
                 packet += out.pop(0)
                 count += 1
-            self.client.take(packet)
+            self.client.take(self.stream.seal(packet) if self.stream is not None else packet)
 
     def unstick(self) -> None:
         """The peer reads again."""
@@ -228,8 +242,13 @@ class FakeLink:
         self.received_ms = self.hub.now_ms()
         self.hub.wheel.touch(self.slot, self.received_ms)
         try:
+            if self.stream is not None:
+                packet = self.stream.open(packet)
             spans = split(packet)
         except PeerError as error:
+            if error.code == "bad_seal":
+                self.close(CloseCode.BAD_FRAME)
+                return
             self._refuse(0, error)
             return
         for op, start, end in spans:
@@ -256,7 +275,9 @@ class FakeLink:
             assert isinstance(found, Acks)
             acks.ack_ids(self.ack_slot, found.msg_ids)
             self.hub.wake()
-        elif not self.authenticated and op != Op.AUTH:
+        elif op == Op.SEALED:
+            self.close(CloseCode.BAD_FRAME)
+        elif not self.authenticated and op not in (Op.AUTH, Op.REKEY):
             raise PeerError("unauthenticated", f"op {op} before AUTH")
         else:
             self.owner.on_command(op, frame)

@@ -310,7 +310,6 @@ async def test_convs_lists_what_changed_page_by_page(tmp_path: Path) -> None:
         (p.Watch(17, ["bob"]), "unsupported", 17, ""),
         (p.Unwatch(18, ["bob"]), "unsupported", 18, ""),
         (p.Received(CONV, 1), "unsupported", 0, CONV),
-        (p.Sealed(1, 1, b"x"), "unsupported", 0, ""),
         (p.Rekey(1, bytes(32), "s"), "unsupported", 0, ""),
     ],
 )

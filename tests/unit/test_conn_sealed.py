@@ -559,7 +559,7 @@ async def test_set_keys_on_a_link_that_has_ended_does_nothing() -> None:
         await tunnel.client.closing()
         await tunnel.client.close()
         await until(lambda: tunnel.owner.closed)
-        assert not tunnel.link.sealed
+        assert tunnel.link.sealed
 
 
 # ------------------------------------------------------------------------------------------- bystanders
