@@ -45,6 +45,7 @@ from fastim.presence.memory import MemoryPresence
 from fastim.protocol import CloseCode
 from fastim.push.base import PushVendor
 from fastim.push.webhook import WebhookVendor
+from fastim.sealing import SealKeys, SharedKey, StaticKey
 from fastim.store.sqlite import SqliteStore
 
 _log = logging.getLogger("fastim.app")
@@ -155,7 +156,7 @@ class App:
             hub=self._hub, acks=self._acks, wheel=wheel,
             verify=lambda token: authenticator.verify(token, need=Scope.CLIENT),
             clock=self.clock, rng=rng, limits=node_limits(config), kinds=config.kind_rules,
-            on_fatal=self._on_fatal,
+            seals=seal_keys(config), on_fatal=self._on_fatal,
         )  # fmt: skip
         authenticator.on_revoked(self.node.revoke)
 
@@ -280,6 +281,18 @@ def dispatch_limits(config: Config) -> DispatchLimits:
 
 def node_limits(config: Config) -> NodeLimits:
     return NodeLimits(**(_named(config.node, NodeLimits) | _named(config.presence, NodeLimits)))
+
+
+def seal_keys(config: Config) -> SealKeys | None:
+    """What connections may be sealed with; with --dev also a key of the data directory. Raises UsageError."""
+    node = config.node
+    statics = [StaticKey.from_file(row.name, Path(row.file)) for row in node.seal_keys]
+    if config.dev and not statics:
+        statics.append(StaticKey.of_directory("dev", config.data_path))
+    if not statics:
+        return None
+    shared = [SharedKey.from_file(row.name, Path(row.file)) for row in node.seal_shared]
+    return SealKeys(statics, shared, required=node.require_sealed)
 
 
 def rest_limits(config: Config) -> RestLimits:

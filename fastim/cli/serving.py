@@ -43,6 +43,8 @@ def announcement(app: App, file: Path | None) -> list[str]:
         f"  WebSocket  {socket}",
         f"  REST       {rest}",
     ]
+    if app.node.seals is not None:
+        lines += [f"  Seal key   {key}" for key in app.node.seals.public]
     if app.dev_key is None:
         return lines
     lines += ["", "Development tokens, good for 7 days:"]

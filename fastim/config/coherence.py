@@ -46,6 +46,7 @@ def contradictions(config: Config) -> Iterator[str]:
     for name, section in (("node", node), ("api", api)):
         yield from _tls_pair(name, section.tls_cert, section.tls_key)
     yield from _exposure(config)
+    yield from _sealing(config)
     yield from _kind_problems(config.kinds)
     yield from _secrets(config)
 
@@ -70,6 +71,21 @@ def _exposure(config: Config) -> Iterator[str]:
             f"api.listen is {api.listen!r}, open to other machines; set api.tls_cert and api.tls_key, or "
             f"api.plain where a balancer ends TLS"
         )
+
+
+def _sealing(config: Config) -> Iterator[str]:
+    node = config.node
+    if not node.seal_keys and not config.dev:
+        for name, wants in (("require_sealed", node.require_sealed), ("seal_shared", bool(node.seal_shared))):
+            if wants:
+                yield f"node.{name} is set and node.seal_keys is empty: there is nothing to seal with"
+    for name, rows in (("seal_keys", node.seal_keys), ("seal_shared", node.seal_shared)):
+        names = [row.name for row in rows]
+        for twice in dict.fromkeys(found for found in names if names.count(found) > 1):
+            yield f"node.{name} has the name {twice!r} twice"
+        for number, row in enumerate(rows):
+            if not os.access(row.file, os.R_OK):
+                yield f"node.{name}[{number}].file is {row.file!r}; cannot be read"
 
 
 def _kind_problems(kinds: Mapping[str, KindSection]) -> Iterator[str]:

@@ -101,6 +101,15 @@ class LogSection(Section):
     as_json: bool = Field(default=False, description="One JSON object a line instead of key=value.")
 
 
+class NamedKeySection(Section):
+    """A key in a file of its own."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.@-]{1,64}$", description="What clients call it; a new key has a new name."
+    )
+    file: str = Field(min_length=1, description="Where it is.")
+
+
 class NodeSection(Section):
     """The access node: client sockets, sessions, delivery."""
 
@@ -118,6 +127,20 @@ class NodeSection(Section):
         description="Addresses that end TLS in front of this node and whose X-Forwarded-For is believed.",
     )
     origins: list[Origin] = Field(default=[], description="Origins that browsers may connect from.")
+    seal_keys: list[NamedKeySection] = Field(
+        default=[],
+        max_length=100,
+        description="X25519 private keys (PEM) towards which clients may seal their connections, each "
+        '{name = "2026-01", file = "/etc/fastim/seal.pem"}; --dev makes one if there is none.',
+    )
+    seal_shared: list[NamedKeySection] = Field(
+        default=[],
+        max_length=10_000,
+        description="Pre-shared keys (files of 64 hex digits) that clients may mix in, each the same way.",
+    )
+    require_sealed: bool = Field(
+        default=False, description="Refuse clients that do not seal their connection."
+    )
     heartbeat_ms: int = Field(default=10_000, ge=100, le=300_000, description="How often clients send PING.")
     idle_ms: int = Field(
         default=30_000, ge=300, le=900_000, description="A client silent for so long is closed."

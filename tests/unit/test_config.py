@@ -13,9 +13,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fastim.app.compose import seal_keys
 from fastim.config import Config, ConfigError, load, split_address, template
 from fastim.config.schema import known_keys
 from fastim.model import DEFAULT_KINDS
+from fastim.sealing import StaticKey
 
 DEV = {"dev": True}
 
@@ -246,6 +248,58 @@ def test_nothing_configured_is_refused_outside_dev() -> None:
 def test_open_doors_are_refused(flags: dict[str, Any], words: str) -> None:
     found = problems(flags)
     assert any(words in problem for problem in found), found
+
+
+def test_keys_to_seal_with_are_read_from_their_files(tmp_path: Path) -> None:
+    pem, psk = tmp_path / "seal.pem", tmp_path / "psk"
+    pem.write_bytes(StaticKey.generate("k").pem())
+    psk.write_text("ab" * 32)
+    node = {
+        "balancers": ["10.0.0.0/8"],
+        "seal_keys": [{"name": "2026-01", "file": str(pem)}],
+        "seal_shared": [{"name": "factory", "file": str(psk)}],
+        "require_sealed": True,
+    }
+    seals = seal_keys(load(production(node=node)))
+    assert seals is not None
+    assert [key.name for key in seals.public] == ["2026-01"]
+    assert seals.required
+    assert seal_keys(load(production())) is None
+
+
+def test_development_makes_a_key_to_seal_with_where_none_is_named(tmp_path: Path) -> None:
+    config = load({"dev": True, "data_dir": str(tmp_path)})
+    made, again = seal_keys(config), seal_keys(config)
+    assert made is not None
+    assert again is not None
+    assert str(made.public[0]) == str(again.public[0])
+    assert made.public[0].name == "dev"
+    assert not made.required
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"require_sealed": True}, "node.require_sealed is set and node.seal_keys is empty"),
+        (
+            {"seal_shared": [{"name": "a", "file": __file__}]},
+            "node.seal_shared is set and node.seal_keys is empty",
+        ),
+        (
+            {"seal_keys": [{"name": "a", "file": "/nowhere"}]},
+            "node.seal_keys[0].file is '/nowhere'; cannot be read",
+        ),
+        (
+            {"seal_keys": [{"name": "a", "file": __file__}, {"name": "a", "file": __file__}]},
+            "node.seal_keys has the name 'a' twice",
+        ),
+        ({"seal_keys": [{"name": "a:b", "file": __file__}]}, "node.seal_keys[0].name is 'a:b'; must match"),
+        ({"seal_keys": [{"name": "a"}]}, "node.seal_keys[0].file is missing"),
+    ],
+)
+def test_keys_that_cannot_seal_are_refused(node: dict[str, Any], words: str) -> None:
+    flags = production(node={"balancers": ["10.0.0.0/8"], **node})
+    assert any(words in problem for problem in problems(flags)), problems(flags)
 
 
 def test_rest_beyond_loopback_is_allowed_behind_a_balancer_that_ends_tls() -> None:
