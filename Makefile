@@ -10,7 +10,7 @@ STUBS    = $(patsubst fastim/_core/%.pyx,fastim._core.%,$(wildcard fastim/_core/
 LINTED  := setup.py fastim tests $(wildcard bench loadtest)
 CORE_TESTS := tests/unit tests/property
 
-.PHONY: venv serve test lint fmt types pytest debug asan kill shows bench sim clean
+.PHONY: venv serve test lint fmt types pytest debug asan autobahn kill shows bench sim clean
 
 venv: .venv/built
 
@@ -56,6 +56,10 @@ asan: venv
 	FASTIM_BUILD=asan PYTHONPATH=build/asan/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/pytest $(CORE_TESTS)
+
+# RFC 6455 by Autobahn's suite, which needs a Python 2.7: exit 2 without one. 602 cases, a minute and a half.
+autobahn: venv
+	$(BIN)/python -m tests.autobahn $(if $(JSON),--json $(JSON))
 
 kill: venv
 	$(BIN)/python -m tests.kill.run --messages $(MESSAGES) --kills $(KILLS)

@@ -4,6 +4,7 @@ release    default; optimised, no bounds checks. Built in place beside the sourc
 debug      bounds, None and overflow checks, C asserts, live-object counters (FASTIM_DEBUG=1).
 asan       debug under AddressSanitizer and UBSan.
 coverage   debug with Cython line tracing.
+echo       release whose connections send whole messages back: for the conformance suite (docs/adr/0041).
 
 Flavours never mix: generated C, objects and, but for release, the finished package live in build/<flavour>/.
     FASTIM_BUILD=debug python setup.py build    a whole package (Python sources included) in build/debug/lib
@@ -60,6 +61,7 @@ FLAVOURS: dict[str, tuple[dict[str, bool], list[str], list[str], dict[str, str]]
         [],
         {"FASTIM_DEBUG": "1", "CYTHON_TRACE": "1"},
     ),
+    "echo": (UNCHECKED, ["-O3", "-g1"], [], {"NDEBUG": "1", "FASTIM_ECHO": "1"}),
 }  # fmt: skip
 
 flavour = os.environ.get("FASTIM_BUILD") or "release"

@@ -155,7 +155,8 @@ cdef class CoreConnection(WSListener):
         uint32_t _part_size
         uint32_t _part_capacity
         uint64_t _part_since_ms
-        uint8_t _fragments
+        uint32_t _fragments
+        uint8_t _kind           # FASTIM_ECHO: the opcode of the message
 
         # Output: whole WebSocket frames from _start on, the last of which may be a packet that still grows and
         # has its header to come. Offsets in _out.
@@ -192,8 +193,10 @@ cdef class CoreConnection(WSListener):
     cdef int _received(self, WSFrame frame) except -1
     cdef int _fragment(self, WSFrame frame) except -1
     cdef int _peer_says_close(self, WSFrame frame) except -1
+    cdef int _peer_says_close_code(self, int code) except -1
     cdef int _ping(self, WSFrame frame) except -1
     cdef int _packet_in(self, const uint8_t* p, Py_ssize_t n) except -1
+    cdef int _echo(self, const uint8_t* p, Py_ssize_t n) except -1
     cdef int _frame_in(self, int op, const uint8_t* p, Py_ssize_t n) except -1
     cdef int _acked(self, int op, const uint8_t* p, Py_ssize_t n) except -1
     cdef int _refuse(self, int op, object error) except -1

@@ -16,6 +16,7 @@ class _Owner(Protocol):
     def on_closed(self, code: int, orderly: bool) -> None: ...
 
 DEBUG: Final[bool]
+ECHO: Final[bool]
 PICOWS: Final[str]
 READ_BUFFER_BYTES: Final[int]
 

@@ -29,6 +29,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromMemory
+from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 from picows.picows cimport WSMsgType
@@ -70,10 +71,17 @@ cdef extern from *:
     #ifndef FASTIM_PICOWS
     #error "setup.py defines FASTIM_PICOWS: the picows whose .pxd this was built against"
     #endif
+    #ifndef FASTIM_ECHO
+    #define FASTIM_ECHO 0
+    #endif
     """
     const char* FASTIM_PICOWS
+    # The conformance build (docs/adr/0041): TEXT is taken, and whole messages are sent back. A macro: the C
+    # compiler drops every branch of it from what ships.
+    enum: FASTIM_ECHO
 
 DEBUG = bool(FASTIM_DEBUG)
+ECHO = bool(FASTIM_ECHO)
 PICOWS = FASTIM_PICOWS.decode()
 if picows.__version__.rpartition(".")[0] != PICOWS.rpartition(".")[0]:
     raise ImportError(
@@ -103,6 +111,7 @@ cdef enum:
     CLOSE_TEXT = 1003
     CLOSE_NO_CODE = 1005
     CLOSE_ABNORMAL = 1006
+    CLOSE_NOT_UTF8 = 1007       # FASTIM_ECHO only
     CLOSE_TOO_BIG = 1009
     CLOSE_INTERNAL = 1011
     CLOSE_SLOW = 4408
@@ -651,12 +660,19 @@ cdef class CoreConnection(WSListener):
         picows would parse the same bytes again with every read and its buffer would grow.
         """
         try:
-            if self._state == OPEN:
-                self.close_c(
-                    code if _is_close_code(code) else CLOSE_PROTOCOL, reason.encode("utf-8", "replace")
-                )
-                if self._state == CLOSING:
-                    self._transport.underlying_transport.pause_reading()
+            if self._state != OPEN:
+                return
+            if not _is_close_code(code):
+                code = CLOSE_PROTOCOL
+            handshake = self._transport.close_handshake
+            if handshake is not None and handshake.recv is not None:
+                # picows looks one frame ahead, so it keeps the peer's CLOSE before these bytes to itself. Behind
+                # that they mean nothing.
+                self._peer_says_close_code(handshake.recv.code)
+                return
+            self.close_c(code, reason.encode("utf-8", "replace"))
+            if self._state == CLOSING:
+                self._transport.underlying_transport.pause_reading()
         except BaseException as error:
             self._broken(error)
 
@@ -709,6 +725,10 @@ cdef class CoreConnection(WSListener):
         self.hub._wheel.touch_c(self.slot, self._received_ms)
         if frame.rsv1 or frame.rsv2 or frame.rsv3:
             return self.close_c(CLOSE_PROTOCOL, b"reserved bits are set; no extension was negotiated")
+        if FASTIM_ECHO and (kind == WSMsgType.TEXT or kind == WSMsgType.BINARY):
+            if self._fragments == 0:
+                self._kind = <uint8_t>kind
+            kind = WSMsgType.BINARY
         if kind == WSMsgType.BINARY and frame.fin and self._fragments == 0:
             return self._packet_in(<const uint8_t*>frame.payload_ptr, frame.payload_size)
         if kind == WSMsgType.BINARY or kind == WSMsgType.CONTINUATION:
@@ -727,7 +747,7 @@ cdef class CoreConnection(WSListener):
 
     cdef int _fragment(self, WSFrame frame) except -1:
         """One piece of a message of several; the last one hands the message on."""
-        cdef bint first = frame.msg_type == WSMsgType.BINARY
+        cdef bint first = frame.msg_type != WSMsgType.CONTINUATION
         cdef Py_ssize_t size = self._part_size + frame.payload_size
         cdef Py_ssize_t capacity
         cdef uint8_t* message
@@ -737,9 +757,9 @@ cdef class CoreConnection(WSListener):
                 CLOSE_PROTOCOL,
                 b"a message starts inside another" if first else b"a continuation of no message",
             )
-        if size > MAX_PACKET_BYTES:
+        if size > MAX_PACKET_BYTES and not FASTIM_ECHO:
             return self.close_c(CLOSE_TOO_BIG, b"the message is above 65,536 bytes")
-        if self._fragments == MAX_FRAGMENTS:
+        if self._fragments == MAX_FRAGMENTS and not FASTIM_ECHO:
             return self.close_c(CLOSE_TOO_BIG, b"the message has more than 64 fragments")
         if size > self._part_capacity:
             capacity = FIRST_PART
@@ -789,16 +809,22 @@ cdef class CoreConnection(WSListener):
         return self._mark()
 
     cdef int _peer_says_close(self, WSFrame frame) except -1:
-        """Answer the peer's close frame with its code, behind what is queued."""
+        """picows has refused a payload of one byte, a reason that is not UTF-8 and most bad codes."""
         cdef const uint8_t* p = <const uint8_t*>frame.payload_ptr
         cdef int code = 0
-        # picows has refused a payload of one byte, a reason that is not UTF-8 and most bad codes.
         if frame.payload_size >= 2:
             code = (<int>p[0] << 8) | p[1]
-            if not _is_close_code(code):
-                return self.close_c(CLOSE_PROTOCOL, b"the close code is not assigned")
+            if code == 0:
+                code = CLOSE_ABNORMAL       # as little a code that may be sent
+        return self._peer_says_close_code(code)
+
+    cdef int _peer_says_close_code(self, int code) except -1:
+        """Answer the peer's close frame with its code (0: it had none), behind what is queued, and hang up."""
         self._peer_closed = True
-        self.close_c(code, b"")
+        if code == 0 or _is_close_code(code):
+            self.close_c(code, b"")
+        else:
+            self.close_c(CLOSE_PROTOCOL, b"the close code is not assigned")
         if self._transport is not None:
             self._transport.underlying_transport.close()
         return 0
@@ -813,6 +839,8 @@ cdef class CoreConnection(WSListener):
         cdef int count, i
         hub.packets_in += 1
         hub.bytes_in += <uint64_t>n
+        if FASTIM_ECHO:
+            return self._echo(p, n)
         if stream is not None:
             try:
                 # The bytes are picows' or a reassembled message's, read by nobody after this.
@@ -835,6 +863,36 @@ cdef class CoreConnection(WSListener):
             hub.frames_in += 1
             self._frame_in(spans[i].op, p + spans[i].start, spans[i].end - spans[i].start)
         return 0
+
+    cdef int _echo(self, const uint8_t* p, Py_ssize_t n) except -1:
+        """Send a message back as one WebSocket frame."""
+        cdef uint8_t* head
+        cdef int i
+        if self._kind == WSMsgType.TEXT:
+            try:
+                PyUnicode_DecodeUTF8(<const char*>p, n, NULL)
+            except UnicodeDecodeError:
+                return self.close_c(CLOSE_NOT_UTF8, b"text that is not UTF-8")
+        self._room(n + 10)
+        head = <uint8_t*>self._out + self._out_size
+        head[0] = 0x80 | self._kind
+        if n < 126:
+            head[1] = <uint8_t>n
+            head += 2
+        elif n < 65_536:
+            head[1] = 126
+            head[2] = <uint8_t>(n >> 8)
+            head[3] = <uint8_t>(n & 0xFF)
+            head += 4
+        else:
+            head[1] = 127
+            for i in range(8):
+                head[2 + i] = <uint8_t>((n >> (56 - 8 * i)) & 0xFF)
+            head += 10
+        if n > 0:
+            memcpy(head, p, <size_t>n)
+        self._out_size = <uint32_t>(head - <uint8_t*>self._out + n)
+        return self._mark()
 
     cdef int _frame_in(self, int op, const uint8_t* p, Py_ssize_t n) except -1:
         cdef uint8_t[PONG_BYTES] pong

@@ -777,9 +777,21 @@ async def test_a_close_code_that_is_not_assigned_is_refused(code: int) -> None:
         client = await world.connect()
         client.raw(ws_close(code))
         assert (await client.closing())[0] == CloseCode.PROTOCOL
-        await client.close()
+        # Nothing more is to come from it, so nothing is waited for.
+        await client.eof()
         await until(lambda: client.owner.closed)
         assert client.owner.closed[0][0] == CloseCode.PROTOCOL
+
+
+@pytest.mark.parametrize("behind", [ws_close(None), ws_close(1001), ws(BINARY, b"late", rsv=7), ws(7)])
+async def test_what_comes_behind_the_peers_close_frame_changes_nothing(behind: bytes) -> None:
+    async with World() as world:
+        client = await world.connect()
+        client.raw(ws_close(1000, b"bye") + behind)
+        assert await client.closing() == (1000, b"")
+        await client.eof()
+        await until(lambda: client.owner.closed)
+        assert client.owner.closed == [(1000, True)]
 
 
 @pytest.mark.parametrize("code", [1000, 1003, 1007, 1011, 1012, 1014, 3000, 3999, 4000, 4999])
