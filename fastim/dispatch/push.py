@@ -127,8 +127,8 @@ class PushLoop:
         )
         left = row.pending
         for message in reversed(messages):
-            if message.sender == row.user:
-                continue
+            if message.sender == row.user or message.msg_id > row.msg_id:
+                continue  # stored after the claim: not among the pending ones that are counted down here
             if left == 0:
                 break
             left -= 1

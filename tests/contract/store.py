@@ -1385,6 +1385,16 @@ class StoreContract:
             await store.park([park("bob", 2)], NOW)
             assert await store.next_push_ms() == NOW + 10_000
 
+    async def test_a_caller_that_waited_does_not_shorten_the_collapse_window(self) -> None:
+        async with self.opened() as store:
+            await send(store, CONV, "alice", text(1))
+            await store.park([park("bob")], NOW)
+            (row,) = await self.push(store, NOW)
+            await store.finish_push("d", row, NOW + 500, retry_at_ms=0)
+            await send(store, CONV, "alice", text(2))
+            await store.park([park("bob", 2)], NOW)
+            assert await store.next_push_ms() == NOW + 10_500
+
     # ----------------------------------------------------------------------------------------------- recovery
 
     async def test_the_settled_mark_moves_only_forward_and_not_beyond_the_head(self) -> None:

@@ -574,7 +574,8 @@ class NaiveStore:
             return
         at_ms = park.push_at_ms
         if row.last_ms:
-            at_ms = max(at_ms, min(row.last_ms, now_ms) + park.collapse_ms)
+            began_ms = row.last_ms if row.last_ms <= now_ms + park.collapse_ms else now_ms
+            at_ms = max(at_ms, began_ms + park.collapse_ms)
         if not row.ready_ms:
             row.serial += 1
             row.ready_ms, row.attempt, row.collapse_ms = at_ms, 0, park.collapse_ms

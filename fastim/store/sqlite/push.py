@@ -55,8 +55,10 @@ class PushBox:
         ready_ms, attempt, holder, last_ms = row
         at_ms = park.push_at_ms
         if last_ms:
-            # A clock that went back must not keep a phone silent: the window never ends later than from now.
-            at_ms = max(at_ms, min(last_ms, now_ms) + park.collapse_ms)
+            # A clock that went back must not keep a phone silent. But a caller that waited, for a bus that is
+            # away say, is no clock that went back.
+            began_ms = last_ms if last_ms <= now_ms + park.collapse_ms else now_ms
+            at_ms = max(at_ms, began_ms + park.collapse_ms)
         if ready_ms is None:
             sql.run(
                 "UPDATE push SET serial = serial + 1, ready_ms = ?, attempt = 0, collapse_ms = ?"
