@@ -484,10 +484,14 @@ class App:
         self._transmit(conv, sending)
 
     def _transmit(self, conv: str, sending: Sending) -> None:
-        """The same client_ids until there is an answer for each."""
+        """The same client_ids until there is an answer for each.
+
+        A message that was refused for now goes along: its answer may belong to an earlier copy of this frame.
+        """
         if self.over.is_set() or self.outstanding.get(conv) is not sending:
             return
-        waiting = [sub for sub in sending.subs if sub.client_id in sending.open]
+        box = self.phone.outbox[conv]
+        waiting = [sub for sub in sending.subs if sub in box]
         for sub in waiting:
             self.device.heard_of[sub.client_id.hex()] = sub
         items = [p.SendItem(s.client_id, Kind.TEXT, s.body, s.loss_time_ms, s.flags) for s in waiting]
