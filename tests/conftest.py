@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import resource
 import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from types import ModuleType
@@ -98,6 +99,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.fixture
 def run() -> Callable[[Coroutine[Any, Any, T]], T]:
     return run_on_fresh_loop
+
+
+@pytest.fixture
+def peak_kb() -> Callable[[], int]:
+    """The most memory that this process ever held.
+
+    Under AddressSanitizer always 0: its quarantine keeps what was freed, so its peak says nothing.
+    """
+    if os.environ.get("FASTIM_BUILD") == "asan":
+        return lambda: 0
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture
