@@ -135,6 +135,10 @@ def chat(
     ca: Annotated[
         Path | None, typer.Option(help="Certificates to trust.  [default: the development server's]")
     ] = None,
+    seal: Annotated[
+        str,
+        typer.Option(help="Seal towards this key: name:hex, as the server prints it.", show_default=False),
+    ] = "",
     device: Annotated[str, typer.Option(help="Id of this installation.")] = "terminal",
     store: Annotated[Path | None, typer.Option(help="File in which this device keeps its messages.")] = None,
     config: Config = None,
@@ -145,7 +149,9 @@ def chat(
     from fastim.cli.where import client_config
 
     found = client_config(config, data)
-    raise typer.Exit(run_chat(found, user, to=to, token=token, url=url, ca=ca, device=device, store=store))
+    raise typer.Exit(
+        run_chat(found, user, to=to, token=token, url=url, ca=ca, seal=seal, device=device, store=store)
+    )
 
 
 @app.command()

@@ -36,6 +36,7 @@ from fastim.client import (
     MemoryLocalStore,
     Message,
     ReadMark,
+    SealKey,
     SqliteLocalStore,
     StateChanged,
 )
@@ -67,6 +68,7 @@ def run_chat(
     token: str,
     url: str,
     ca: Path | None,
+    seal: str,
     device: str,
     store: Path | None,
 ) -> int:
@@ -89,6 +91,7 @@ def run_chat(
         client = Client(
             address, bearer, device, store=SqliteLocalStore(store) if store else MemoryLocalStore(),
             device_class="desktop", ssl=str(ca) if ca else None,
+            seal=SealKey.from_text(seal) if seal else None,
         )  # fmt: skip
     except OSError as error:
         raise UsageError(f"{ca}: {error.strerror or error}") from None

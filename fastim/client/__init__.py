@@ -19,6 +19,7 @@ from fastim.client.events import (
 )
 from fastim.client.localstore import LocalStore, MemoryLocalStore
 from fastim.client.sqlitestore import SqliteLocalStore
+from fastim.sealing import SealKey, SharedKey
 
 __all__ = [
     "Client",
@@ -36,6 +37,8 @@ __all__ = [
     "Message",
     "Outgoing",
     "ReadMark",
+    "SealKey",
+    "SharedKey",
     "SqliteLocalStore",
     "StateChanged",
 ]

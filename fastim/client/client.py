@@ -45,11 +45,13 @@ from fastim.client.feed import Feed
 from fastim.client.life import Ending, Life, TokenSource
 from fastim.client.localstore import LocalStore, MemoryLocalStore
 from fastim.client.outbox import Unsent
+from fastim.client.sealed import sealed_dial
 from fastim.client.wire import Dial, Receiver, Trust, Wire, check_url, dial, tls_context
 from fastim.client.worker import Worker
 from fastim.clock import Clock, SystemClock
 from fastim.errors import PeerError, Unavailable, UsageError
 from fastim.model import DEFAULT_KINDS, MAX_BODY_BYTES, Flag, check_id, is_expired, parse_conv
+from fastim.sealing import SealKey
 
 _log = logging.getLogger("fastim.client")
 
@@ -130,6 +132,8 @@ class Client:
     device_class  app, web, desktop or pad
     ssl           an SSLContext; or a file of CA certificates to trust (a development server's certificate);
                   None: the system's. Verification cannot be switched off here
+    seal          the server's static key (SealKey): every packet is encrypted once more, for networks in
+                  which somebody else ends TLS. The server reads everything: this is not end-to-end
     on_event      called with every event, in order, instead of events(); may be async. An app that wants no
                   events passes one that does nothing
     clock, rng, dial   for tests and simulations
@@ -147,6 +151,7 @@ class Client:
         store: LocalStore | None = None,
         device_class: str = "app",
         ssl: Trust = None,
+        seal: SealKey | None = None,
         on_event: Callable[[Event], Awaitable[None] | None] | None = None,
         clock: Clock | None = None,
         rng: random.Random | None = None,
@@ -162,6 +167,8 @@ class Client:
         self._clock: Clock = clock or SystemClock()
         self._rng = rng or random.SystemRandom()
         self._dial: Dial = dial or self._dial_picows
+        if seal is not None:
+            self._dial = sealed_dial(self._dial, seal, self._clock)
         self._max_outbox = max_outbox
         self._life = Life(
             token, self._clock, self._rng, self._connect, lambda gone: self._worker.feed.publish([gone])

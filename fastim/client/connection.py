@@ -46,6 +46,7 @@ class Connection:
         """(op, frame)"""
         self._queued_bytes = 0
         self._paused = False
+        self._most_bytes = MAX_PACKET_BYTES
         self._heard_mono_ms = clock.mono_ms()
         self._heartbeat_ms = 0
         self._beat_mono_ms = 0
@@ -94,6 +95,7 @@ class Connection:
             self._gone = wire
             return
         self._wire = wire
+        self._most_bytes = wire.max_packet_bytes
         self._heard_mono_ms = self._clock.mono_ms()
         self._arm()
 
@@ -128,7 +130,7 @@ class Connection:
         size = 0
         for frame in frames:
             part = encode(frame)
-            if packet and (size + len(part) > MAX_PACKET_BYTES or len(packet) == MAX_FRAMES_PER_PACKET):
+            if packet and (size + len(part) > self._most_bytes or len(packet) == MAX_FRAMES_PER_PACKET):
                 self._send_bytes(b"".join(packet))
                 packet, size = [], 0
             packet.append(part)

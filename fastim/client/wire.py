@@ -62,6 +62,9 @@ class Receiver(Protocol):
 class Wire(Protocol):
     """An open connection."""
 
+    max_packet_bytes: int
+    """The largest packet that may be sent."""
+
     def send(self, packet: bytes) -> None: ...
 
     def close(self, code: int) -> None:
@@ -133,6 +136,8 @@ def tls_context(trust: Trust) -> ssl_module.SSLContext:
 
 class _Listener(WSListener):
     """picows' callbacks, and everything picows leaves to its user."""
+
+    max_packet_bytes = MAX_PACKET_BYTES
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver

@@ -54,6 +54,8 @@ class StringWire:
     def resume(self) -> None:
         self.paused = False
 
+    max_packet_bytes = MAX_PACKET_BYTES
+
     def buffered_bytes(self) -> int:
         return self.waiting_bytes
 
