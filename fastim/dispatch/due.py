@@ -119,12 +119,12 @@ class DueLoop:
         next_ms = await self._store.next_due_ms()
         if not next_ms:
             return limits.due_poll_ms
-        if next_ms > now_ms:
+        if now_ms < next_ms <= now_ms + limits.implausible_ms:
             return min(limits.due_poll_ms, next_ms - now_ms)
         rows = await self._store.claim_due(self._holder, now_ms, limits.due_claim_ms, limits.due_batch)
         if not rows:
             # Cleared on the way, or somebody else was faster.
-            return 1
+            return 1 if next_ms <= now_ms else limits.due_poll_ms
         located = await self._router.locate({row.user for row in rows})
         now_ms = self._clock.wall_ms()
         decisions: list[Decision]

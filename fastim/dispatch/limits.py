@@ -31,6 +31,9 @@ class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_due_ms: int = 1_000
     """First firing of a due row that dispatch itself asks for."""
     due_poll_ms: int = 250
+    implausible_ms: int = 1_800_000
+    """A due row or push that waits for longer was written by a clock that has been set back since. The store
+    follows such a clock when it is told the time, so it is asked for a claim all the same."""
     due_claim_ms: int = 10_000
     due_batch: int = 256
 

@@ -12,6 +12,7 @@ Source: seed, "消息可达性" ("是否离线"); semantics, "Retry". Table in t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -47,6 +48,8 @@ class Wait(msgspec.Struct, frozen=True, gc=False):
 
 Decision = Nudge | ParkIt | Wait
 
+_LONGEST_GRACE_MS: Final = 600_000
+
 
 def nodes_of(attachments: tuple[Attachment, ...], above_generation: int = 0) -> tuple[tuple[str, int], ...]:
     """The distinct (node, boot) of the attachments newer than a generation."""
@@ -56,7 +59,10 @@ def nodes_of(attachments: tuple[Attachment, ...], above_generation: int = 0) -> 
 
 def absent_until_ms(location: Location, now_ms: int, hold_push_until_ms: int) -> int:
     """For a user who is nowhere: the moment before which nothing is parked, 0 if that has passed."""
-    until_ms = max(location.grace_until_ms, hold_push_until_ms)
+    grace_until_ms = location.grace_until_ms
+    if grace_until_ms > now_ms + _LONGEST_GRACE_MS:
+        grace_until_ms = 0  # of a clock that has been set back since
+    until_ms = max(grace_until_ms, hold_push_until_ms)
     return until_ms if until_ms > now_ms else 0
 
 

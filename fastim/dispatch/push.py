@@ -84,7 +84,7 @@ class PushLoop:
         limits = self._limits
         now_ms = self._clock.wall_ms()
         next_ms = await self._store.next_push_ms()
-        if not next_ms or next_ms > now_ms:
+        if not next_ms or now_ms < next_ms <= now_ms + limits.implausible_ms:
             return False
         rows = await self._store.claim_push(self._holder, now_ms, limits.push_claim_ms, limits.push_batch)
         now_ms = self._clock.wall_ms()

@@ -191,8 +191,20 @@ class Router:
         self._patience = patience
         self._flows = flows
         self._owed: dict[Pair, None] = {}
-        self.hold_push_until_ms = 0
-        """Wall clock: nobody is parked before, because everybody is reconnecting."""
+        self._hold_push_until_mono_ms = 0
+
+    @property
+    def hold_push_until_ms(self) -> int:
+        """Wall clock: nobody is parked before, because everybody is reconnecting; 0: no hold.
+
+        Kept on the monotonic clock: one that starts years ahead and is set back must not hold for years.
+        """
+        left_ms = self._hold_push_until_mono_ms - self._clock.mono_ms()
+        return self._clock.wall_ms() + left_ms if left_ms > 0 else 0
+
+    @hold_push_until_ms.setter
+    def hold_push_until_ms(self, wall_ms: int) -> None:
+        self._hold_push_until_mono_ms = self._clock.mono_ms() + wall_ms - self._clock.wall_ms()
 
     async def locate(self, users: Iterable[str]) -> dict[str, Location] | None:
         """Where they are, in one call; None when presence did not answer."""
