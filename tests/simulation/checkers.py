@@ -264,12 +264,13 @@ def _ledger(facts: Facts) -> Iterable[str]:
         if o.state == ObligationState.LOST:
             yield f"ledger: {what} is LOST"
         elif o.state in (ObligationState.DUE, ObligationState.UNSETTLED):
-            yield f"ledger: {what} is still {o.state.name}"
+            if not facts.wall_jumped:
+                yield f"ledger: {what} is still {o.state.name}"
         elif o.state == ObligationState.ACKED:
             if o.seq not in stored[o.user][o.conv] and message.kind < 32:
                 yield f"ledger: {what} counts as acked, and no device of the user stored it"
         elif o.state == ObligationState.EXPIRED:
-            if not is_expired(message.loss_time_ms, facts.wall_end_ms):
+            if not is_expired(message.loss_time_ms, facts.wall_end_ms) and not facts.wall_jumped:
                 yield f"expiry: {what} counts as expired; its deadline is {message.loss_time_ms}"
         elif o.state == ObligationState.PARKED:
             if any(log.acks and log.returns for log in logs[o.user]):

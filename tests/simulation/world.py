@@ -71,7 +71,6 @@ class World:
         self.rough_until_s = 0.0
         """Until then a connection may look dead that is not."""
         self.wall_jumped = False
-        self.furthest_jump_ms = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self._trap: tuple[int, str] | None = None
         self._next_trap: tuple[int, str] | None = None
@@ -260,7 +259,6 @@ class World:
         hour_ms = 3_600_000
         year_ms = 365 * 24 * hour_ms
         self.clock.jump_ms += (hour_ms, -hour_ms, 10 * year_ms, -10 * year_ms)[fault.number % 4]
-        self.furthest_jump_ms = max(self.furthest_jump_ms, self.clock.jump_ms)
         self.wall_jumped = True
 
     def fault_stop(self, fault: FaultPlan) -> None:
@@ -343,9 +341,6 @@ class World:
         self.say("calm")
         self._trap = self._next_trap = None
         self.network.extra_s = 0.0
-        # A due row that was written by a clock that ran ahead waits for its moment: P18 promises ids, seqs
-        # and sweeps, not that rows follow a clock that goes back. So it ends where it was furthest.
-        self.clock.jump_ms = self.furthest_jump_ms
         for wire in self.network.wires.values():
             wire.stall(False)
         if self.server is not None:
