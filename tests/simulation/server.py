@@ -225,8 +225,8 @@ class Server:
         try:
             if due_ms := await self.store.next_due_ms():
                 wait_ms = due_ms - self.world.clock.wall_ms()
-                # Rows follow a clock that is set back. But one whose moment was computed before the step and that
-                # was written after it keeps that moment; nothing of it is lost, so it is let pass.
+                # Rows follow a clock that is set back. But one whose moment was computed before the step and
+                # that was written after it keeps that moment; nothing of it is lost, so it is let pass.
                 if not self.world.wall_jumped or wait_ms < STEPPED_MS:
                     why.append(f"a due row waits, {wait_ms} ms from now")
             if push_ms := await self.store.next_push_ms():

@@ -61,6 +61,11 @@ def test_a_user_in_grace_is_waited_for() -> None:
     assert decide(row(), IN_GRACE, NOW, 0, LIMITS, lambda: 0.5) == Wait(NOW + 3_000)
 
 
+def test_a_grace_that_a_clock_wrote_which_was_set_back_since_is_no_grace() -> None:
+    location = Location((), NOW + 365 * 86_400_000)
+    assert decide(row(), location, NOW, 0, LIMITS, lambda: 0.5) == ParkIt(NOW, 0)
+
+
 def test_a_grace_that_ends_now_has_ended() -> None:
     assert decide(row(), Location((), NOW), NOW, 0, LIMITS, lambda: 0.5) == ParkIt(NOW, 0)
 
