@@ -196,8 +196,9 @@ class App:
         host, port = split_address(node.listen)
         listening = ListenerConfig(
             host=host, port=port, tls=self._tls(cert, key), dev=self.config.dev,
-            balancers=tuple(node.balancers), origins=frozenset(node.origins),
-            max_connections=node.max_connections, failures_per_minute=node.failures_per_minute,
+            balancers=tuple(node.balancers), proxy_protocol=node.proxy_protocol,
+            origins=frozenset(node.origins), max_connections=node.max_connections,
+            failures_per_minute=node.failures_per_minute,
             handshake_timeout_s=node.handshake_timeout_ms / 1000, tls_timeout_s=node.tls_timeout_ms / 1000,
             sndbuf_bytes=node.sndbuf_bytes, backlog=node.backlog,
         )  # fmt: skip

@@ -64,6 +64,8 @@ def _exposure(config: Config) -> Iterator[str]:
     node, api = config.node, config.api
     if node.plain and not (config.dev and is_loopback(split_address(node.listen)[0])):
         yield f"node.plain needs --dev and a loopback address; node.listen is {node.listen!r}"
+    if node.proxy_protocol and not node.balancers:
+        yield "node.proxy_protocol needs node.balancers: who may say for whom he speaks"
     if not config.dev and not node.tls_cert and not node.balancers:
         yield "node.tls_cert is empty; outside --dev set it and node.tls_key, or node.balancers that end TLS"
     if not is_loopback(split_address(api.listen)[0]) and not api.tls_cert and not api.plain:

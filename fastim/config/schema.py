@@ -126,6 +126,9 @@ class NodeSection(Section):
         default=[],
         description="Addresses that end TLS in front of this node and whose X-Forwarded-For is believed.",
     )
+    proxy_protocol: bool = Field(
+        default=False, description="Those addresses begin with a PROXY header (v1, v2); nobody else may."
+    )
     origins: list[Origin] = Field(default=[], description="Origins that browsers may connect from.")
     seal_keys: list[NamedKeySection] = Field(
         default=[],

@@ -3,7 +3,7 @@
 Hides sockets, TLS transports and picows' protocol object. Every refusal happens before 101 and before a link
 exists, so nothing has to be undone.
 
-    accepted ──TLS ≤ 5 s──▶ request ≤ 5 s ──checks──▶ 101, link ──AUTH ≤ 5 s──▶ session
+    accepted ──[PROXY,] TLS ≤ 5 s──▶ request ≤ 5 s ──checks──▶ 101, link ──AUTH ≤ 5 s──▶ session
                                 │             └─▶ 4xx, 5xx          └─▶ 4501
                                 └─▶ closed without an answer
 
@@ -34,6 +34,7 @@ from fastim import observe
 from fastim._core.conn import READ_BUFFER_BYTES, CoreConnection, CoreHub
 from fastim.clock import Clock
 from fastim.errors import UsageError
+from fastim.node.proxied import Source
 from fastim.node.tls import Handshakes, dev_certificate, make_server_context, reload_certificate
 from fastim.node.upgrade import (
     HEALTH_PATH,
@@ -78,6 +79,8 @@ class ListenerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Allow plain ws on loopback addresses."""
     balancers: tuple[str, ...] = ()
     """Addresses or networks that terminate TLS and whose X-Forwarded-For is believed."""
+    proxy_protocol: bool = False
+    """Balancers begin with a PROXY header, version 1 or 2. Nobody else may, and they must."""
     origins: frozenset[str] = frozenset()
     """Origins that browsers may come from, compared exactly; a request without Origin is no browser's."""
     max_connections: int = 20_000
@@ -138,9 +141,11 @@ class _Ear:
 class _Socket(WSProtocol):  # type: ignore[misc]
     """picows' protocol, plus what it does not tell its listener: the address, and how the socket ended."""
 
-    __slots__ = ("_ear", "_listener", "address", "left", "link", "peer_text", "refused")
+    __slots__ = (
+        "_ear", "_listener", "_source", "address", "balanced", "left", "link", "peer_text", "refused",
+    )  # fmt: skip
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, source: Source | None = None) -> None:
         self._ear = _Ear()
         super().__init__(
             None, None, False, self._ear.upgrade, self._ear, True, listener.config.handshake_timeout_s,
@@ -149,6 +154,10 @@ class _Socket(WSProtocol):  # type: ignore[misc]
             MAX_PACKET_BYTES, None, READ_BUFFER_BYTES,
         )  # fmt: skip
         self._listener = listener
+        self._source = source
+        """Whom a PROXY header named."""
+        self.balanced = False
+        """A listed balancer opened the socket."""
         self.link: CoreConnection | None = None
         self.address: Address | None = None
         """Whom failures are counted against; None: nobody."""
@@ -164,6 +173,9 @@ class _Socket(WSProtocol):  # type: ignore[misc]
         name = transport.get_extra_info("peername")
         if name:
             self.set_peer(address_of(name[0]), name[1])
+            self.balanced = self.address is not None and self.address in self._listener.balancers
+        if self._source is not None:
+            self.set_peer(address_of(self._source[0]), self._source[1])
         if not self._listener.admit(self):
             transport.abort()
 
@@ -216,7 +228,7 @@ class Listener:
         self.config = config
         self._hub = hub
         self._limit = FailureLimit(config.failures_per_minute, clock) if failures is None else failures
-        self._balancers = Balancers(config.balancers)
+        self.balancers = Balancers(config.balancers)
         self._sockets: set[_Socket] = set()
         self._doors: list[asyncio.AbstractServer | Handshakes] = []
         self._handshakes: list[Handshakes] = []
@@ -253,7 +265,7 @@ class Listener:
             raise
 
     def _check_exposure(self, hosts: list[str]) -> None:
-        if self.config.tls is not None or self._balancers:
+        if self.config.tls is not None or self.balancers:
             return
         if not self.config.dev:
             raise UsageError(
@@ -283,7 +295,7 @@ class Listener:
         return sock
 
     async def _serve(self, sock: socket.socket) -> None:
-        if self.config.tls is None:
+        if self.config.tls is None and not self.config.proxy_protocol:
             # 5 KB a connection less than aiofastnet's transport, and sends go straight to send(2) either way.
             server = await asyncio.get_running_loop().create_server(
                 lambda: _Socket(self), sock=sock, backlog=self.config.backlog
@@ -293,8 +305,9 @@ class Listener:
         handshakes = Handshakes(
             sock,
             self.config.tls,
-            lambda: _Socket(self),
+            lambda source: _Socket(self, source),
             timeout_s=self.config.tls_timeout_s,
+            proxied=self._begins_with_proxy,
             admit=self._may_shake_hands,
             failed=self._handshake_failed,
         )
@@ -349,21 +362,25 @@ class Listener:
 
     # -- called by Handshakes
 
+    def _begins_with_proxy(self, text: str) -> bool:
+        address = address_of(text)
+        return self.config.proxy_protocol and address is not None and address in self.balancers
+
     def _may_shake_hands(self, text: str) -> bool:
         """A TLS handshake costs as much as a hundred messages: none for an address that failed too often."""
         if self._pending + len(self._sockets) >= self.config.max_connections + _OVERSHOOT:
             observe.UPGRADES_REFUSED.labels("overload").inc()
             return False
         address = address_of(text)
-        if address is not None and address not in self._balancers and self._limit.blocked(address):
+        if address is not None and address not in self.balancers and self._limit.blocked(address):
             observe.UPGRADES_REFUSED.labels("rate").inc()
             return False
         return True
 
-    def _handshake_failed(self, text: str, left: bool) -> None:
-        observe.UPGRADES_REFUSED.labels("tls").inc()
+    def _handshake_failed(self, text: str, reason: str, left: bool) -> None:
+        observe.UPGRADES_REFUSED.labels(reason).inc()
         address = address_of(text)
-        if not left and address is not None and address not in self._balancers:
+        if not left and address is not None and address not in self.balancers:
             self._limit.failed(address)
 
     # -- called by _Socket
@@ -395,7 +412,7 @@ class Listener:
             observe.CONNECTIONS_CLOSED.labels(str(code) if code in _LABELLED else "other").inc()
             # Whoever had keys made and did not say who it is cost as much as a failed TLS handshake.
             fault = not link.authenticated and (code in _FAULTS or link.sealed)
-        if fault and sock.address is not None and sock.address not in self._balancers:
+        if fault and sock.address is not None and sock.address not in self.balancers:
             self._limit.failed(sock.address)
 
     def upgrade(self, sock: _Socket, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
@@ -430,13 +447,14 @@ class Listener:
 
     def _find_source(self, sock: _Socket, request: WSUpgradeRequest) -> None:
         """Behind a balancer, take the address that the balancer saw; nobody else's word counts."""
-        if not self._balancers or sock.address is None:
+        if not self.balancers or sock.address is None:
             return
-        if sock.address in self._balancers:
-            address = self._balancers.client(request.headers)
+        if sock.address in self.balancers:
+            # Itself a balancer's even if a PROXY header named it: one balancer may stand behind another.
+            address = self.balancers.client(request.headers)
             if address is not None:
                 sock.set_peer(address, 0)
-        elif self.config.tls is None:
+        elif self.config.tls is None and not sock.balanced:
             raise Refusal(HTTPStatus.FORBIDDEN, "source", "plain connections are taken from balancers only")
 
 

@@ -1,5 +1,7 @@
 """TLS: certificates and how newer ones replace them; accepted sockets on their way through a handshake.
 
+    accepted ──admit──▶ [PROXY header ──admit the client──▶] [TLS ──▶] protocol          each ≤ timeout_s
+
 Hides aiofastnet, whose own server spins when descriptors run out, and which reports every peer that leaves
 during its handshake as an error of this program.
 
@@ -28,7 +30,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fastim.errors import UsageError
+from fastim.errors import PeerError, UsageError
+from fastim.node.proxied import Source, read_source
 
 _log = logging.getLogger("fastim.node.tls")
 
@@ -152,25 +155,29 @@ class _Loop:
 class Handshakes:
     """One listening socket, and its accepted ones until their handshake is done.
 
-    admit   asked for every accepted socket, by its address
-    failed  told of every handshake that did not end well: a peer that left (True) or one that is late or
-            speaks something else (False)
+    context  None: plain
+    proxied  whether a peer, by its address, has to begin with a PROXY header
+    admit    asked for every accepted socket, by its address, and again for the client it speaks for
+    failed   told of every handshake that did not end well: address, reason (source, tls), and whether the
+             peer left (True) or is late or speaks something else (False)
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        context: ssl.SSLContext,
-        protocol: Callable[[], asyncio.BaseProtocol],
+        context: ssl.SSLContext | None,
+        protocol: Callable[[Source | None], asyncio.BaseProtocol],
         *,
         timeout_s: float,
+        proxied: Callable[[str], bool],
         admit: Callable[[str], bool],
-        failed: Callable[[str, bool], None],
+        failed: Callable[[str, str, bool], None],
     ) -> None:
         self._sock = sock
         self._context = context
         self._protocol = protocol
         self._timeout_s = timeout_s
+        self._proxied = proxied
         self._admit = admit
         self._failed = failed
         self._loop = asyncio.get_running_loop()
@@ -224,9 +231,28 @@ class Handshakes:
 
     async def _handshake(self, sock: socket.socket, address: str) -> None:
         try:
+            source = await self._source(sock) if self._proxied(address) else None
+        except OSError as error:
+            sock.close()
+            self._failed(address, "source", not isinstance(error, TimeoutError))
+            return
+        except PeerError as error:
+            sock.close()
+            _log.warning("PROXY header refused", extra={"peer": address, "reason": error.detail})
+            self._failed(address, "source", False)
+            return
+        if source is not None:
+            address = source[0]
+            if not self._admit(address):
+                sock.close()
+                return
+        try:
+            if self._context is None:
+                await self._loop.connect_accepted_socket(lambda: self._protocol(source), sock)
+                return
             await aiofastnet.connect_accepted_socket(
                 self._seen,
-                self._protocol,
+                lambda: self._protocol(source),
                 sock,
                 ssl=self._context,
                 ssl_handshake_timeout=self._timeout_s,
@@ -234,4 +260,8 @@ class Handshakes:
             )
         except OSError as error:
             # ssl.SSLError is one. The late are ConnectionAbortedError; the transport closes the socket.
-            self._failed(address, isinstance(error, ConnectionResetError | BrokenPipeError))
+            self._failed(address, "tls", isinstance(error, ConnectionResetError | BrokenPipeError))
+
+    async def _source(self, sock: socket.socket) -> Source | None:
+        async with asyncio.timeout(self._timeout_s):
+            return await read_source(sock)

@@ -447,6 +447,78 @@ def test_balancers_are_checked_when_configured() -> None:
     assert ipaddress.ip_address("::ffff:10.0.0.1") in Balancers(["10.0.0.0/8"])
 
 
+# ----------------------------------------------------------------------------------------------- PROXY
+
+PROXIED: Final = BALANCED | {"proxy_protocol": True}
+CLIENT: Final = b"PROXY TCP4 203.0.113.9 10.0.0.1 40000 443\r\n"
+CLIENT_V2: Final = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\xcb\x00\x71\x09\x0a\x00\x00\x01\x9c\x40\x01\xbb"
+
+
+@pytest.mark.parametrize("header", [CLIENT, CLIENT_V2])
+async def test_a_listed_balancer_says_in_front_whom_it_speaks_for(header: bytes) -> None:
+    async with World(config=PROXIED) as world:
+        assert (await ask(world, header + request("X-Forwarded-For: 198.51.100.1")))[0] == 101
+        await until(lambda: world.owners)
+        assert world.owners[0].link.peer == "203.0.113.9:40000", "what the client itself forwards is nothing"
+
+
+async def test_a_listed_balancer_behind_another_names_the_client_in_its_header() -> None:
+    async with World(config=PROXIED) as world:
+        header = b"PROXY TCP4 10.1.2.3 10.0.0.1 1 443\r\n"
+        assert (await ask(world, header + request("X-Forwarded-For: 203.0.113.9")))[0] == 101
+        await until(lambda: world.owners)
+        assert world.owners[0].link.peer == "203.0.113.9:0"
+
+
+async def test_a_listed_balancer_that_says_nothing_in_front_is_dropped() -> None:
+    async with World(config=PROXIED | {"tls_timeout_s": 0.1}) as world:
+        before = refused("source")
+        for data in (request(), b"", CLIENT[:-3]):
+            client = await world.dial(request=data)
+            await client.eof()
+        await until(lambda: refused("source") == before + 3)
+        assert world.owners == []
+        assert (await ask(world, CLIENT + request()))[0] == 101
+        await until(lambda: world.owners)
+
+
+async def test_a_balancer_that_checks_whether_we_live_counts_for_nobody() -> None:
+    async with World(config=PROXIED | {"failures_per_minute": 1}) as world:
+        for _ in range(5):
+            client = await world.dial(request=b"PROXY UNKNOWN\r\n" + request(path="/health"))
+            assert (await answer(client))[0] == 200
+            await (await world.dial(request=b"")).close()
+        assert (await ask(world, CLIENT + request()))[0] == 101
+        await until(lambda: world.owners)
+
+
+async def test_failures_count_for_whom_the_header_named() -> None:
+    async with World(config=PROXIED | {"failures_per_minute": 2}) as world:
+        for _ in range(2):
+            assert (await ask(world, CLIENT + request(path="/no")))[0] == 404
+        await (await world.dial(request=CLIENT + request())).eof()
+        assert world.owners == [], "dropped before it may say anything"
+        assert (await ask(world, CLIENT.replace(b"113.9", b"113.8") + request()))[0] == 101
+        await until(lambda: world.owners)
+
+
+@pytest.mark.parametrize("header", [CLIENT, CLIENT_V2])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"proxy_protocol": True},
+        {"proxy_protocol": True, "dev": False, "balancers": ("10.0.0.0/8",)},
+        BALANCED,
+    ],
+)
+async def test_the_header_of_whom_nobody_listed_is_no_request(header: bytes, config: dict[str, Any]) -> None:
+    async with World(config=config) as world:
+        client = await world.dial(request=header + request())
+        assert (await answer(client))[0] == 400
+        assert world.owners == []
+
+
 # --------------------------------------------------------------------------------------------- exposure
 
 

@@ -87,10 +87,15 @@ async def served_name(port: int) -> str:
     return name
 
 
-async def secure(world: World) -> Client:
-    """An upgraded, authenticated connection over TLS."""
+async def secure(world: World, *, before: bytes = b"") -> Client:
+    """An upgraded, authenticated connection over TLS. before: said in clear in front of it."""
+    sock = socket.socket()
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, ("127.0.0.1", world.port))
+    await loop.sock_sendall(sock, before)
     reader, writer = await asyncio.open_connection(
-        "127.0.0.1", world.port, ssl=client_context(), server_hostname="localhost", limit=1 << 22
+        sock=sock, ssl=client_context(), server_hostname="localhost", limit=1 << 22
     )
     client = Client(reader, writer)
     world.clients.append(client)
@@ -104,6 +109,25 @@ async def secure(world: World) -> Client:
 
 
 # -------------------------------------------------------------------------------------------- handshakes
+
+
+async def test_a_balancer_that_passes_tls_on_says_in_front_of_it_whom_it_speaks_for(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, "one")
+    config: dict[str, Any] = {"balancers": ("127.0.0.1",), "proxy_protocol": True, "failures_per_minute": 1}
+    async with World(config=config | {"tls": make_server_context(*pair)}) as world:
+        client = await secure(world, before=b"PROXY TCP4 203.0.113.9 10.0.0.1 40000 443\r\n")
+        assert client.owner.link.peer == "203.0.113.9:40000"
+        client.send(encode(Ping()))
+        assert isinstance(await client.message(), Pong)
+        # Noise instead of a handshake is the client's fault, and from then on only its own loss.
+        noise = b"PROXY TCP4 203.0.113.8 10.0.0.1 1 443\r\n" + bytes(100)
+        for _ in range(2):
+            await (await world.dial(request=noise)).eof()
+        with pytest.raises(ConnectionError):
+            await secure(world, before=b"PROXY TCP4 203.0.113.8 10.0.0.1 2 443\r\n")
+        with pytest.raises(ConnectionError):
+            await secure(world)
+        await secure(world, before=b"PROXY TCP6 2001:db8::7 2001:db8::1 2 443\r\n")
 
 
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -237,6 +237,7 @@ def test_nothing_configured_is_refused_outside_dev() -> None:
             "node.plain needs --dev and a loopback",
         ),
         (DEV | {"node": {"plain": True, "listen": "0.0.0.0:8443"}}, "node.plain needs --dev and a loopback"),
+        (DEV | {"node": {"proxy_protocol": True}}, "node.proxy_protocol needs node.balancers"),
         (production(api={"listen": "0.0.0.0:8080"}), "api.listen is '0.0.0.0:8080', open to other machines"),
         (
             production(push={"webhook": {"url": "http://h", "secret": "0" * 64}}),
