@@ -26,7 +26,7 @@ class NodeLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     renew_ms: int = 2_000
 
     rekey_least_ms: int = 1_000
-    """A client that asks for new keys more often is closed: three X25519 are as dear as ten messages."""
+    """A client that asks for new keys more often is closed: three X25519 are as dear as three messages."""
     login_ms: int = 5_000
     """From AUTH to HELLO; then the client is asked to come again later."""
     sweep_ms: int = 250

@@ -410,7 +410,7 @@ class Listener:
             code = link.close_code
             observe.CONNECTIONS.dec()
             observe.CONNECTIONS_CLOSED.labels(str(code) if code in _LABELLED else "other").inc()
-            # Whoever had keys made and did not say who it is cost as much as a failed TLS handshake.
+            # Whoever had keys made and did not say who it is cost a third of a TLS handshake.
             fault = not link.authenticated and (code in _FAULTS or link.sealed)
         if fault and sock.address is not None and sock.address not in self.balancers:
             self._limit.failed(sock.address)
