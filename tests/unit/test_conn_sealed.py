@@ -366,6 +366,26 @@ async def test_a_frame_of_another_connection_ends_this_one() -> None:
         assert not other.link.closed
 
 
+async def test_a_recorded_connection_cannot_be_played_again() -> None:
+    """The server's half of the keys is new, so not even the recorded AUTH opens."""
+    async with World() as world:
+        client = await world.connect(auth=False)
+        answering = Answering(client.owner)
+        offer = Offer(STATIC.seal_key(), 1)
+        client.send(encode(offer.rekey))
+        stream = SealedStream(1, *offer.accept(await client.message()).client(), client=True)
+        auth = Tunnel(client, stream, answering).say(AUTH)
+        await until(lambda: client.owner.link.authenticated)
+
+        again = await world.connect(auth=False)
+        Answering(again.owner)
+        again.send(encode(offer.rekey))
+        assert isinstance(await again.message(), Keys)
+        again.raw(ws(BINARY, auth))
+        assert await again.frame() == (CLOSE, struct.pack(">H", 4509))
+        assert not again.owner.link.authenticated
+
+
 async def test_a_frame_of_the_server_does_not_come_back() -> None:
     async with World() as world:
         tunnel = await agree(world)
