@@ -632,16 +632,16 @@ async def test_too_many_messages_are_rate_limited_and_pass_later(tmp_path: Path)
         alice.ack()
 
 
-async def test_reserved_operations_are_unsupported_and_the_connection_stays(tmp_path: Path) -> None:
+async def test_operations_that_are_not_served_are_unsupported_and_the_connection_stays(tmp_path: Path) -> None:
     async with road(tmp_path) as here, Client(here, "alice") as alice:
         alice.send(
             p.Join(1, "lobby"), p.Leave(2, "lobby"), p.Signal(CONV, 1), p.Recall(CONV, client_id(1), 1),
             p.Edit(CONV, client_id(1), 1, b""), p.Delete(3, CONV, [1]), p.Clear(4, CONV, 1),
             p.Setting(5, "k"), p.Block(6, "bob", True), p.Watch(7, ["bob"]), p.Unwatch(8, ["bob"]),
-            p.Received(CONV, 1), p.Sealed(1, 1, b""), p.Rekey(1, bytes(32)), Ping(),
+            p.Received(CONV, 1), p.Rekey(1, bytes(32), "k"), Ping(),
         )  # fmt: skip
         await alice.get(Pong)
-        assert [e.code for e in alice.of(Error)] == ["unsupported"] * 14
+        assert [e.code for e in alice.of(Error)] == ["unsupported"] * 13
         assert sorted(e.req for e in alice.of(Error) if e.req) == list(range(1, 9))
 
 
