@@ -98,6 +98,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.key: SigningKey = create_dev_key(self.data)
         self.starts = 0
+        self.environment: dict[str, str] = {}
+        """Laid over the process's: another build of the core."""
         self._write_config(settings or {})
 
     def _write_config(self, settings: dict[str, Any]) -> None:
@@ -132,7 +134,8 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command("serve", "--dev", "--config", str(self.config)),
-                stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=self.directory,
+                stdout=log, stderr=subprocess.STDOUT, cwd=self.directory,
+                env=_environment() | self.environment,
             )  # fmt: skip
         if self.cpu is not None:
             os.sched_setaffinity(self.process.pid, {self.cpu})
