@@ -1,8 +1,8 @@
 """Every way in which a client can be refused, and which of them an answer shows.
 
 A branch is a place in frame, conn, protocol, handshake, commands, delivery, upgrade or picows that a client
-can reach; it is told by the ERROR's code and text, by the close frame's code and reason, or by HTTP status and
-body. An answer that no branch explains is a finding too: `Branches.unknown`.
+can reach; it is told by the ERROR's code and text, by the close frame's code and reason, or by the HTTP
+status and body. An answer that no branch explains is a finding too: `Branches.unknown`.
 
 Not here: what only a limit opened for the attack or a backend that is away would say (failures per address:
 tests/system/test_edges.py; unavailable: tests/system/test_dispatch.py), what new keys are refused for

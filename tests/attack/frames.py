@@ -2,8 +2,8 @@
 
 First every rule once, then at random; beside the attackers people chat. It fails when a branch was never hit
 or an answer fits none, when a bystander lost, repeated or reordered a message or waited too long, when
-resident memory grows, when the server logs a fault or ends by itself, when a planted secret is in its log, or when the
-audit is not clean.
+resident memory grows, when the server logs a fault or ends by itself, when a planted secret is in its log, or
+when the audit is not clean.
 """
 
 from __future__ import annotations
