@@ -632,7 +632,7 @@ async def test_too_many_messages_are_rate_limited_and_pass_later(tmp_path: Path)
         alice.ack()
 
 
-async def test_operations_that_are_not_served_are_unsupported_and_the_connection_stays(tmp_path: Path) -> None:
+async def test_operations_that_are_not_served_leave_the_connection_open(tmp_path: Path) -> None:
     async with road(tmp_path) as here, Client(here, "alice") as alice:
         alice.send(
             p.Join(1, "lobby"), p.Leave(2, "lobby"), p.Signal(CONV, 1), p.Recall(CONV, client_id(1), 1),
