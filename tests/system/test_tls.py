@@ -175,7 +175,7 @@ async def test_old_tls_and_plain_text_are_refused(tmp_path: Path) -> None:
 
 async def test_a_peer_that_does_not_finish_its_handshake_is_dropped(tmp_path: Path) -> None:
     context = make_server_context(*write_pair(tmp_path, "one"))
-    async with World(config={"tls": context, "tls_timeout_s": 0.05}) as world:
+    async with World(config={"tls": context, "tls_timeout_s": 0.5}) as world:
         for data in (b"", b"\x16\x03\x01"):
             client = await world.dial(request=data)
             await client.eof()
