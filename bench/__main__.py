@@ -1,13 +1,13 @@
-"""python -m bench road | recovery: see the modules' own words, and results/README.md."""
+"""python -m bench road | recovery | fanout: see the modules' own words, and results/README.md."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import recovery, road
+from bench import fanout, recovery, road
 
-COMMANDS = {"road": road, "recovery": recovery}
+COMMANDS = {"road": road, "recovery": recovery, "fanout": fanout}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,7 +54,7 @@ cdef class Fanout(Audience):
         # The first batch on its way. Members are passed in a circle; whoever moved is caught by another round.
         bint _writing
         bint _moved
-        uint32_t _number        # of that batch, or the last one
+        readonly uint32_t batches   # begun so far: the number of that batch, or the last one
         uint32_t _start
         uint32_t _passed
         uint64_t _began_ms

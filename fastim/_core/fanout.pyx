@@ -161,7 +161,7 @@ cdef class Fanout(Audience):
             raise
         self._members[self._count].slot = <uint32_t>link.slot
         # What is being written was published before.
-        self._members[self._count].batch = self._number
+        self._members[self._count].batch = self.batches
         self._count += 1
 
     def remove(self, CoreConnection link not None) -> None:
@@ -352,7 +352,7 @@ cdef class Fanout(Audience):
         cdef int behind = 0
         cdef int served
         cdef Member* members = self._members
-        cdef uint32_t count = self._count, start = self._start, passed = self._passed, number = self._number
+        cdef uint32_t count = self._count, start = self._start, passed = self._passed, number = self.batches
         cdef const int* fds = hub._fds
         cdef const char* p = self._log
         if count >= ALONE:
@@ -381,7 +381,7 @@ cdef class Fanout(Audience):
     cdef int _begin(self) except -1:
         self._writing = True
         self._moved = False
-        self._number += 1
+        self.batches += 1
         self._start = (self._start + STEP) % self._count
         self._passed = 0
         self._began_ms = _now_ms()
