@@ -1,13 +1,13 @@
-"""python -m bench road | recovery | fanout: see the modules' own words, and results/README.md."""
+"""python -m bench road | recovery | core | fanout: see the modules' own words, and results/README.md."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import fanout, recovery, road
+from bench import core, fanout, recovery, road
 
-COMMANDS = {"road": road, "recovery": recovery, "fanout": fanout}
+COMMANDS = {"road": road, "recovery": recovery, "core": core, "fanout": fanout}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -308,6 +308,12 @@ cdef int64_t parse_ack_c(const uint8_t* p, Py_ssize_t n) except -1:
         raise PeerError("bad_frame", "the frame is 0 bytes")
     # [3, tag] with a fixarray header and a fixint op, which is how every encoder writes it
     if n >= 3 and p[0] == 0x92 and p[1] == OP_ACK:
+        if p[2] <= 0x7F:
+            return p[2]
+        if p[2] == 0xCD and n >= 5:
+            return _u16(p + 3)
+        if p[2] == 0xCE and n >= 7:
+            return _u32(p + 3)
         at = 2
     else:
         at = _enter(p, 0, n, &items, &fault)
