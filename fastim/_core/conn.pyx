@@ -1289,7 +1289,8 @@ cdef class CoreConnection(WSListener):
         """When the sweep looks at this link next; late by itself, or it finds nothing and sets the next time."""
         cdef uint64_t at_ms = mono_ms + self.hub.fragment_ms
         if self._state == CLOSING:
-            at_ms = mono_ms + self.hub.close_ms
+            # Who did not read for ten seconds will not read this either.
+            at_ms = mono_ms + (self.hub.close_ms // 4 if self.close_code == CLOSE_SLOW else self.hub.close_ms)
         else:
             if self._fragments > 0 and self._part_since_ms + self.hub.fragment_ms < at_ms:
                 at_ms = self._part_since_ms + self.hub.fragment_ms

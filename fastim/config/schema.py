@@ -193,7 +193,10 @@ class NodeSection(Section):
         description="Failed handshakes and tokens per address; never successful ones.",
     )
     sndbuf_bytes: int = Field(
-        default=65_536, ge=4_096, le=4_194_304, description="SO_SNDBUF of client sockets."
+        default=61_440,
+        ge=4_096,
+        le=4_194_304,
+        description="SO_SNDBUF of client sockets; the kernel doubles it.",
     )
     backlog: int = Field(
         default=4_096, ge=1, le=65_535, description="Sockets the kernel may hold before accept."

@@ -130,23 +130,33 @@ class Catchup:
             await self._page(session, link, session.sync)
             return True
         if not self._window().has_room(session):
-            self._full(session, link)
+            self._full(session, choked=link.overflow)
             return False
+        for conv, heard in session.behind.items():
+            if heard.paused:
+                continue
+            if heard.dup and link.buffered_bytes() > self._limits.page_backlog_bytes:
+                # What was written before is still here, so writing it again would only hold it twice.
+                self._full(session, choked=True)
+                return False
+            self._unchoke(session)
+            return await self._stream(session, link, conv, heard)
+        self._unchoke(session)
+        return False
+
+    def _full(self, session: Session, *, choked: bool) -> None:
+        """Nothing more fits; the next ack wakes the session. choked: room in its write buffer does, too."""
+        if session.full_since_mono_ms == 0:
+            session.full_since_mono_ms = self._clock.mono_ms()
+        if choked:
+            session.choked = True
+            self._stall(session)  # no ack may come to tell that the buffer has drained
+
+    @staticmethod
+    def _unchoke(session: Session) -> None:
         if session.choked:
             session.choked = False
             session.full_since_mono_ms = 0
-        for conv, heard in session.behind.items():
-            if not heard.paused:
-                return await self._stream(session, link, conv, heard)
-        return False
-
-    def _full(self, session: Session, link: Link) -> None:
-        """Nothing more fits; the next ack wakes the session."""
-        if session.full_since_mono_ms == 0:
-            session.full_since_mono_ms = self._clock.mono_ms()
-        if link.overflow:
-            session.choked = True
-            self._stall(session)  # no ack may come to tell that the buffer has drained
 
     def _window(self) -> Window:
         assert self.window is not None
@@ -175,7 +185,7 @@ class Catchup:
         reached = self._write(session, conv, page, position, heard.dup)
         heard.position = reached
         if reached < page.to_seq:
-            self._full(session, link)
+            self._full(session, choked=link.overflow)
             return False
         stale = page.to_seq <= position and not page.entries
         if page.to_seq >= page.head and (page.to_seq >= heard.upto or stale):

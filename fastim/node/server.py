@@ -88,7 +88,8 @@ class ListenerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Failed handshakes and authentications per address (IPv6: per /64)."""
     handshake_timeout_s: float = 5.0
     tls_timeout_s: float = 5.0
-    sndbuf_bytes: int = 65_536
+    sndbuf_bytes: int = 61_440
+    """The kernel doubles it and goes a buffer beyond: 124 KiB for a peer that does not read."""
     backlog: int = 4_096
     reuse_port: bool = False
 

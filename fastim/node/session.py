@@ -77,7 +77,7 @@ class Parcel:
 class Heard:
     """A conversation that is BEHIND."""
 
-    __slots__ = ("dup", "paused", "position", "retry_mono_ms", "upto", "version")
+    __slots__ = ("covered", "dup", "paused", "position", "retry_mono_ms", "upto", "version")
 
     def __init__(self, position: int, upto: int, *, dup: bool, paused: bool) -> None:
         self.position = position
@@ -87,6 +87,8 @@ class Heard:
         self.dup = dup
         self.paused = paused
         """Nothing is streamed until a nudge, a request or progress: the peer did not acknowledge."""
+        self.covered = 0
+        """While it is paused: a due row was asked for from this seq on; 0: none was."""
         self.version = 0
         self.retry_mono_ms = 0
 
@@ -203,6 +205,8 @@ class Session:
             heard.version += 1
         heard.dup = heard.dup or dup
         heard.paused = paused
+        if not paused:
+            heard.covered = 0
         return heard
 
     def note_live(self, conv: str, seq: int) -> bool:

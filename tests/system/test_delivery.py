@@ -424,6 +424,42 @@ async def test_a_frame_that_timed_out_is_not_written_again_until_a_nudge(tmp_pat
         bob.ack()
 
 
+async def test_frames_of_a_paused_conversation_are_late_in_silence(tmp_path: Path) -> None:
+    """The row that the first one asked for covers them: one each would be the store's whole work."""
+    async with node_world(tmp_path, idle_ms=600_000) as w:
+        bob = await pair(w)
+        for number in range(6):
+            await w.send(CONV, "alice", b"%d" % number, to=("bob",))
+            await w.pass_ms(1_000)
+        await w.pass_ms(2_250)
+        assert ((await w.due())["bob", CONV][0], w.unsettled) == (1, 5)
+        asked = w.node.flusher.due_requests
+        await w.pass_ms(6_000)
+        assert w.node.flusher.due_requests == asked
+        assert len(await w.undelivered()) == 1
+        assert ((await w.due())["bob", CONV][0], w.unsettled) == (1, 0)
+        await w.inbox(Nudge("bob", CONV, 1))
+        assert bob.seqs() == [1, 2, 3, 4, 5, 6] * 2
+        bob.ack()
+        await w.quiet()
+        assert (await w.cursor("bob", CONV), await w.due()) == (6, {})
+
+
+async def test_what_is_late_behind_an_own_message_is_asked_for(tmp_path: Path) -> None:
+    """Nobody owes the own one, so no row was asked for when it paused the conversation."""
+    async with node_world(tmp_path, idle_ms=600_000) as w:
+        bob = await pair(w)
+        await own(w, bob, "bob", b"mine")
+        await w.pass_ms(2_000)
+        await w.send(CONV, "alice", b"yours", to=("bob",))
+        await w.pass_ms(6_250)
+        assert (await w.due(), w.unsettled) == ({}, 1)
+        await w.pass_ms(2_000)
+        assert ((await w.due())["bob", CONV][0], w.unsettled) == (2, 0)
+        bob.ack()
+        await w.quiet()
+
+
 async def test_any_ack_wakes_what_was_paused(tmp_path: Path) -> None:
     async with node_world(tmp_path) as w:
         bob = await pair(w)
@@ -543,6 +579,43 @@ async def test_a_write_buffer_without_progress_is_closed_after_ten_seconds(tmp_p
         assert bob.link.overflow
         for _ in range(4):
             await w.pass_ms(2_500)
+            bob.say(Ping())
+        await w.pass_ms(500)
+        assert bob.link.close_code == CloseCode.SLOW
+
+
+async def test_nothing_is_repeated_to_a_peer_that_has_not_read_the_first_time(tmp_path: Path) -> None:
+    async with node_world(tmp_path, idle_ms=600_000) as w:
+        bob = await pair(w)
+        bob.link.stuck = True
+        await w.send(CONV, "alice", *[bytes(30_000)] * 3, to=("bob",))
+        waiting = bob.link.buffered_bytes()
+        for _ in range(4):
+            await w.pass_ms(2_125)
+            bob.say(Ping())
+        await w.inbox(Nudge("bob", CONV, 1))
+        await w.pass_ms(250)
+        assert bob.link.buffered_bytes() - waiting < 100, "PROBE and PONG"
+        assert bob.link.close_code == 0
+        bob.link.unstick()
+        await w.pass_ms(250)
+        assert bob.seqs() == [1, 2, 3, 1, 2, 3]
+        bob.ack()
+        await w.quiet()
+        assert await w.cursor("bob", CONV) == 3
+
+
+async def test_who_reads_nothing_is_closed_though_its_window_was_emptied(tmp_path: Path) -> None:
+    async with node_world(tmp_path, idle_ms=600_000) as w:
+        bob = await pair(w)
+        bob.link.stuck = True
+        await w.send(CONV, "alice", *[bytes(30_000)] * 3, to=("bob",))
+        for _ in range(4):
+            await w.pass_ms(2_125)
+            bob.say(Ping())
+        await w.inbox(Nudge("bob", CONV, 1))
+        for _ in range(5):
+            await w.pass_ms(2_000)
             bob.say(Ping())
         await w.pass_ms(500)
         assert bob.link.close_code == CloseCode.SLOW

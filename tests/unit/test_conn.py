@@ -456,6 +456,16 @@ async def test_abort_drops_what_is_queued_and_says_1006() -> None:
         await client.eof()
 
 
+async def test_a_slow_peer_is_given_a_quarter_of_the_time_to_answer_our_close() -> None:
+    async with World() as world:
+        client = await world.connect()
+        client.owner.link.close(4408, "slow")
+        assert world.later(200) == 0
+        assert world.later(300) == 1
+        await until(lambda: client.owner.closed)
+        assert client.owner.closed == [(4408, False)]
+
+
 async def test_abort_after_close_keeps_the_code_of_the_close() -> None:
     async with World() as world:
         client = await world.connect()
