@@ -20,7 +20,7 @@ from typing import Final
 
 from fastim import observe
 from fastim.bus.base import SUBMIT, Bus, Outgoing, Reader, Record, inbox_topic
-from fastim.bus.records import MALFORMED, Reply, Submit, decode_inbox, encode
+from fastim.bus.records import MALFORMED, Reply, Submit, decode_inbox
 from fastim.errors import BusUnavailable, InternalError, PeerError
 from fastim.protocol import SendItem, SentItem
 
@@ -82,7 +82,7 @@ class Ingress:
         self._waiting[request] = future
         try:
             submit = Submit(conv, sender, "", request, self._topic, [item], 0, service)
-            await self._bus.publish([Outgoing(SUBMIT, conv, encode(submit))])
+            await self._bus.publish([Outgoing(SUBMIT, conv, submit)])
             observe.SUBMITTED.labels("rest").inc()
             async with asyncio.timeout(self._reply_timeout_ms / 1000):
                 reply = await future

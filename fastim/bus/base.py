@@ -20,6 +20,8 @@ from typing import Final, Protocol
 
 import msgspec
 
+from fastim.bus.records import Payload
+
 SUBMIT: Final = "submit"
 UNDELIVERED: Final = "undelivered"
 DISPATCH_GROUP: Final = "dispatch"
@@ -38,7 +40,7 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
 
     topic: str
     key: str
-    value: bytes
+    value: Payload
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -48,7 +50,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     partition: int
     offset: int
     key: str
-    value: bytes
+    value: Payload
 
 
 class Reader(Protocol):

@@ -129,7 +129,25 @@ InboxRecord = Deliver | Reply | Nudge | Mark | Kick
 MALFORMED: Final = (msgspec.MsgspecError, UnicodeDecodeError)
 """What decoding raises for bytes that are no record; msgspec lets the second through for bad UTF-8."""
 
+Payload = bytes | BusRecord
+"""What a bus carries: a record, or (from another process) its bytes."""
+
 encode = msgspec.msgpack.Encoder().encode
-decode_submit = msgspec.msgpack.Decoder(SubmitRecord).decode
-decode_undelivered = msgspec.msgpack.Decoder(Undelivered).decode
-decode_inbox = msgspec.msgpack.Decoder(InboxRecord).decode
+_decode_submit: Final = msgspec.msgpack.Decoder(SubmitRecord).decode
+_decode_undelivered: Final = msgspec.msgpack.Decoder(Undelivered).decode
+_decode_inbox: Final = msgspec.msgpack.Decoder(InboxRecord).decode
+
+
+def decode_submit(value: Payload) -> SubmitRecord:
+    """Raises one of MALFORMED for bytes that are no such record."""
+    return _decode_submit(value) if type(value) is bytes else value  # type: ignore[return-value]
+
+
+def decode_undelivered(value: Payload) -> Undelivered:
+    """Raises one of MALFORMED for bytes that are no such record."""
+    return _decode_undelivered(value) if type(value) is bytes else value  # type: ignore[return-value]
+
+
+def decode_inbox(value: Payload) -> InboxRecord:
+    """Raises one of MALFORMED for bytes that are no such record."""
+    return _decode_inbox(value) if type(value) is bytes else value  # type: ignore[return-value]

@@ -215,6 +215,10 @@ class DispatchSection(Section):
     batch_records: int = Field(
         default=512, ge=1, le=8_192, description="Sends that become one store transaction."
     )
+    linger_ms: int = Field(
+        default=2, ge=0, le=1_000, description="From one small batch of sends to the next at least."
+    )
+    linger_below: int = Field(default=64, ge=0, le=8_192, description="Sends in a batch that is not small.")
     max_unsettled: int = Field(default=4_096, ge=1, le=1_000_000, description="Bus records in hand.")
     store_patience_ms: int = Field(
         default=5_000,

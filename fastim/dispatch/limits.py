@@ -12,6 +12,10 @@ class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     undelivered_partitions: int = 1
     batch_records: int = 512
     """Records of `submit` that become one store transaction."""
+    linger_ms: int = 2
+    """From one small batch to the next at least."""
+    linger_below: int = 64
+    """A batch of at least so many records is followed by the next at once."""
     max_unsettled: int = 4_096
 
     store_patience_ms: int = 5_000

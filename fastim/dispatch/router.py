@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from fastim.bus.base import Bus, Outgoing, inbox_topic
-from fastim.bus.records import Deliver, Nudge, Submit, decode_inbox, encode
+from fastim.bus.records import Deliver, Nudge, Submit, decode_inbox
 from fastim.clock import Clock
 from fastim.dispatch.ledger import Flows
 from fastim.dispatch.limits import DispatchLimits
@@ -163,12 +163,12 @@ def _deliver(
                 conv, message.seq, message.msg_id, message.loss_time_ms, message.sender, users,
                 submit.session, tail,
             )  # fmt: skip
-            delivers.append(Outgoing(topic, conv, encode(record)))
+            delivers.append(Outgoing(topic, conv, record))
 
 
 def nudges(user: str, conv: str, nodes: Iterable[tuple[str, int]], attempt: int) -> list[Outgoing]:
     """One Nudge per node."""
-    value = encode(Nudge(user, conv, attempt))
+    value = Nudge(user, conv, attempt)
     return [Outgoing(inbox_topic(*where), user, value) for where in nodes]
 
 

@@ -22,7 +22,6 @@ from fastim import protocol as p
 from fastim.auth import Action, Identity, authorise
 from fastim.bus.base import SUBMIT, Bus, Outgoing
 from fastim.bus.records import ReadNotice, Refusal, Submit
-from fastim.bus.records import encode as encode_record
 from fastim.clock import Clock
 from fastim.errors import BusUnavailable, PeerError, Unavailable
 from fastim.model import KindRule, Message
@@ -253,7 +252,7 @@ class Commands:
         submit = Submit(
             found.conv, session.user, session.device, session.id, self._inbox, found.items, found.read_seq
         )
-        return Outgoing(SUBMIT, found.conv, encode_record(submit))
+        return Outgoing(SUBMIT, found.conv, submit)
 
     # --------------------------------------------------------------------------------------- questions
 
@@ -283,7 +282,7 @@ class Commands:
         question.link.send(p.encode(p.ReadMark(found.conv, session.user, mark, unread)))
         notice = ReadNotice(found.conv, session.user, mark, session.id, found.private)
         try:
-            await self._bus.publish([Outgoing(SUBMIT, found.conv, encode_record(notice))])
+            await self._bus.publish([Outgoing(SUBMIT, found.conv, notice)])
         except BusUnavailable:
             # The mark is stored and answered; who is not told learns it with the next sync.
             self.bus_failures += 1

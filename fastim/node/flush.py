@@ -18,7 +18,7 @@ from typing import Final
 
 from fastim import observe
 from fastim.bus.base import UNDELIVERED, Bus, Outgoing, Reader
-from fastim.bus.records import Undelivered, encode
+from fastim.bus.records import Undelivered
 from fastim.clock import Clock
 from fastim.errors import BusUnavailable, StoreUnavailable
 from fastim.model import Fate
@@ -160,7 +160,7 @@ class Flusher:
         """Wake dispatch once the due row is durable."""
         observe.UNDELIVERED.labels(reason).inc()
         record = Undelivered(user, device, conv, from_seq, 1, reason)
-        self._pending.undelivered.append(Outgoing(UNDELIVERED, user, encode(record)))
+        self._pending.undelivered.append(Outgoing(UNDELIVERED, user, record))
         self._wake.set()
 
     # -- the loop

@@ -26,7 +26,6 @@ from fastim import observe
 from fastim.auth import Action, Identity, authorise
 from fastim.bus.base import Bus, Outgoing, inbox_topic
 from fastim.bus.records import Kick
-from fastim.bus.records import encode as encode_record
 from fastim.clock import Clock
 from fastim.errors import BusUnavailable, PeerError, PresenceUnavailable, StoreUnavailable, Unavailable
 from fastim.model import DeviceClass, check_id
@@ -257,7 +256,7 @@ class Handshake:
 
     def _kick_record(self, old: Attachment, new: Attachment) -> Outgoing:
         kick = Kick(old.user, old.device, old.session, new.generation, CloseCode.REPLACED, "replaced")
-        return Outgoing(inbox_topic(old.node, old.boot), old.user, encode_record(kick))
+        return Outgoing(inbox_topic(old.node, old.boot), old.user, kick)
 
     def _hello(self, session: Session, link: Link, resumed: int) -> None:
         limits = self._limits
