@@ -25,8 +25,11 @@ class TestMemoryPresence(PresenceContract):
     def setup_method(self) -> None:
         self.clock = HandClock()
 
-    def presence(self, first_generation: int = 1) -> PresenceStore:
-        return MemoryPresence(self.clock, first_generation)
+    def presence(self) -> PresenceStore:
+        return MemoryPresence(self.clock)
+
+    def peer(self, presence: PresenceStore) -> PresenceStore:
+        return presence
 
     async def advance(self, ms: int) -> None:
         self.clock.mono += ms
@@ -71,4 +74,16 @@ class TestMemoryPresence(PresenceContract):
             await presence.detach(f"u{number}", "phone", attachment.generation, grace_ms)
         await self.advance(5_000)
         assert await presence.locate([f"u{number}" for number in range(100)]) == {}
-        assert presence.counts() == (0, 0)
+        assert presence.counts() == (0, 0, 0)
+
+    async def test_nothing_is_kept_of_rooms_that_emptied(self) -> None:
+        presence = MemoryPresence(self.clock)
+        await presence.open_lease("n1", 1, 60_000)
+        await presence.open_lease("n2", 1, 1_000)
+        for number in range(100):
+            await presence.enter(f"r{number}", "n1", 1, 3)
+            await presence.enter(f"r{number}", "n2", 1, 1)
+            await presence.leave(f"r{number}", "n1", 1)
+        assert presence.counts() == (0, 0, 100)
+        await self.advance(1_001)
+        assert presence.counts() == (0, 0, 0)

@@ -53,10 +53,6 @@ class FlakyPresence(MemoryPresence):
         if self.away:
             raise PresenceUnavailable("away, by the nemesis")
 
-    def flush(self) -> None:
-        for lease in list(self._lease_ends):
-            self._drop_lease(lease)
-
     async def open_lease(self, node: str, boot: int, ttl_ms: int) -> None:
         await self._gate()
         await super().open_lease(node, boot, ttl_ms)
