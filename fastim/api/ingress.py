@@ -114,7 +114,7 @@ class Ingress:
             while records := await reader.read(_BATCH):
                 for record in records:
                     self._take(record)
-                    reader.settle(record)
+                reader.settle_all(records)
             if not self._closed:
                 raise InternalError(f"{self._topic} ended by itself")
         except Exception as error:

@@ -70,6 +70,10 @@ class Reader(Protocol):
         """
         ...
 
+    def settle_all(self, records: Sequence[Record]) -> None:
+        """settle() of each, for the price of one: a batch that has come to its end."""
+        ...
+
     async def close(self) -> None:
         """Give the unsettled records back to the group."""
         ...

@@ -153,17 +153,36 @@ class MemoryReader:
 
     def settle(self, record: Record) -> None:
         """No effect after the end of the reader or the topic: the record was given back or forgotten."""
+        if not self.closed:
+            share = self._share_of(record)
+            self._settled(share, share.window.settle(record.offset), 1)
+
+    def settle_all(self, records: Sequence[Record]) -> None:
+        """See the port."""
         if self.closed:
             return
+        by_partition: dict[int, list[Record]] = {}
+        if self._topic.count == 1:
+            by_partition[0] = list(records)
+        else:
+            for record in records:
+                by_partition.setdefault(record.partition, []).append(record)
+        for found in by_partition.values():
+            if found:
+                share = self._share_of(found[0])
+                self._settled(share, share.window.settle_all([one.offset for one in found]), len(found))
+
+    def _share_of(self, record: Record) -> _Share:
         share = self._group.shares[record.partition]
         if share.owner is not self:
             raise UsageError(f"{record.topic}/{record.partition}@{record.offset} is not out at this reader")
-        window = share.window
-        committed = window.settle(record.offset)
+        return share
+
+    def _settled(self, share: _Share, committed: int, count: int) -> None:
         if self.unsettled == self._max_unsettled:
             self.wake()
-        self.unsettled -= 1
-        drained = committed == window.next_offset
+        self.unsettled -= count
+        drained = committed == share.window.next_offset
         if drained or committed >= share.free_at:
             share.free_at = committed + _TRIM_RECORDS
             share.partition.free(self._topic.groups)

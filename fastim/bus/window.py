@@ -60,6 +60,23 @@ class SettleWindow:
             self.committed = order[0] if order else self.next_offset
         return self.committed
 
+    def settle_all(self, offsets: Sequence[int]) -> int:
+        """settle() of each; nothing is changed when one of them is not out."""
+        opened = self._open
+        if not opened.issuperset(offsets) or len(set(offsets)) < len(offsets):
+            wrong = next(offset for offset in offsets if offset not in opened or offsets.count(offset) > 1)
+            raise UsageError(f"offset {wrong} is not out; settled before, or never handed out")
+        opened.difference_update(offsets)
+        order = self._order
+        if not opened:
+            order.clear()
+            self.committed = self.next_offset
+        else:
+            while order[0] not in opened:
+                order.popleft()
+            self.committed = order[0]
+        return self.committed
+
     def rewind(self) -> None:
         """The reader is gone: hand out again from `committed` on."""
         self._order.clear()

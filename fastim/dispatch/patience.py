@@ -92,9 +92,7 @@ class Intake:
             self._waiting = False
 
     def settle(self, batch: list[Record]) -> None:
-        settle = self._reader.settle
-        for record in batch:
-            settle(record)
+        self._reader.settle_all(batch)
 
     async def end_wait(self) -> None:
         """Let a next() that waits return; a batch in hand is left to its worker."""

@@ -100,26 +100,22 @@ class Delivery:
         """Until the reader is closed."""
         while records := await reader.read(self._limits.inbox_batch):
             wall_ms, mono_ms = self._clock.wall_ms(), self._clock.mono_ms()
-            for record in records:
-                self.take(reader, record, wall_ms, mono_ms)
+            reader.settle_all([one for one in records if not self._take(one, wall_ms, mono_ms)])
             if len(records) == self._limits.inbox_batch:
                 # A reader with a backlog never waits: acks must be read, or every window is full for nothing.
                 await asyncio.sleep(0)
 
-    def take(self, reader: Reader, record: Record, wall_ms: int, mono_ms: int) -> None:
-        """One record. Settles it at once when nothing is to be waited for."""
+    def _take(self, record: Record, wall_ms: int, mono_ms: int) -> bool:
+        """One record. False: nothing is to be waited for, it may be settled."""
         try:
             found: InboxRecord = decode_inbox(record.value)
         except MALFORMED:
             self.malformed += 1
-            reader.settle(record)
-            return
+            return False
         if type(found) is Deliver:
             entry = Entry(record)
             self._deliver(entry, found, wall_ms, mono_ms)
-            if entry.holds == 0:
-                reader.settle(record)
-            return
+            return entry.holds > 0
         if type(found) is Reply:
             self._reply(found, mono_ms)
         elif type(found) is Nudge:
@@ -128,7 +124,7 @@ class Delivery:
             self._mark(found)
         elif type(found) is Kick:
             self._kick_out(found)
-        reader.settle(record)
+        return False
 
     # ------------------------------------------------------------------------------------------ deliver
 
@@ -214,7 +210,7 @@ class Delivery:
         link = None if session is None or session.user != found.user else session.open_link
         if session is None or link is None:
             return
-        for run in _contiguous(found.sent):
+        for run in _contiguous(found.sent) if len(found.sent) > 1 else (found.sent,) if found.sent else ():
             if session.syncing or found.conv in session.behind:
                 self._sent_behind(session, link, found, run)
             else:
@@ -311,6 +307,7 @@ class Delivery:
             if item.version > session.level_version:
                 session.level_version = item.version
             woken[session] = None
+        self._flusher.wake()
         for session in woken:
             session.full_since_mono_ms = 0
             if session.behind:

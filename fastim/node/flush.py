@@ -28,6 +28,9 @@ from fastim.store.base import Behind, DueRequest, Flush, Leveled, MessageStore, 
 
 _ONLY_CURSOR: Final = 0
 """In place of a fate: the range moves the cursor and writes no fate row."""
+_FATES: Final = {int(fate): fate for fate in Fate} | {_ONLY_CURSOR: Fate.ACKED}
+_ACKED: Final = int(Fate.ACKED)
+_EXPIRED: Final = int(Fate.EXPIRED)
 
 
 class _Pending:
@@ -53,11 +56,9 @@ class _Pending:
         for (user, device, conv), runs in self.settled.items():
             if len(runs) > 1:
                 runs.sort()
-            for from_seq, to_seq, fate in _merged(runs):
-                own = fate == _ONLY_CURSOR
-                rows.append(
-                    Settled(user, device, conv, from_seq, to_seq, Fate.ACKED if own else Fate(fate), own)
-                )
+                runs = _merged(runs)
+            for from_seq, to_seq, fate in runs:
+                rows.append(Settled(user, device, conv, from_seq, to_seq, _FATES[fate], fate == _ONLY_CURSOR))
         return tuple(rows)
 
 
@@ -110,36 +111,37 @@ class Flusher:
 
     def settled(self, parcel: Parcel) -> None:
         """A device has what the parcel holds."""
-        if parcel.conv:
-            session = parcel.session
-            key = (session.user, session.device, parcel.conv)
-            fate = _ONLY_CURSOR if parcel.fate is None else int(parcel.fate)
-            runs = self._pending.settled.get(key)
+        session, conv, pending = parcel.session, parcel.conv, self._pending
+        if conv:
+            key = (session.user, session.device, conv)
+            first, last = parcel.from_seq, parcel.to_seq
+            fate: int = parcel.fate or _ONLY_CURSOR
+            runs = pending.settled.get(key)
             if runs is None:
-                self._pending.settled[key] = [[parcel.from_seq, parcel.to_seq, fate]]
+                pending.settled[key] = [[first, last, fate]]
             else:
-                last = runs[-1]
-                if last[1] + 1 == parcel.from_seq and last[2] == fate:
-                    last[1] = parcel.to_seq
+                run = runs[-1]
+                if run[1] + 1 == first and run[2] == fate:
+                    run[1] = last
                 else:
-                    runs.append([parcel.from_seq, parcel.to_seq, fate])
-            self._count(fate, parcel.to_seq - parcel.from_seq + 1)
-            self._pending.runs += 1
-            if self._pending.runs >= self._limits.flush_settled:
-                self._hurry.set()
+                    runs.append([first, last, fate])
+            if fate == _ACKED:
+                self.acked += last - first + 1
+            elif fate == _EXPIRED:
+                self.expired += last - first + 1
+            pending.runs += 1
         elif parcel.version:
-            device = (parcel.session.user, parcel.session.device)
-            self._pending.levels[device] = max(parcel.version, self._pending.levels.get(device, 0))
+            device = (session.user, session.device)
+            pending.levels[device] = max(parcel.version, pending.levels.get(device, 0))
         if parcel.entry is not None:
-            self.release(parcel.entry)
+            pending.entries.append(parcel.entry)
             parcel.entry = None
-        self._wake.set()
 
-    def _count(self, fate: int, messages: int) -> None:
-        if fate == Fate.ACKED:
-            self.acked += messages
-        elif fate == Fate.EXPIRED:
-            self.expired += messages
+    def wake(self) -> None:
+        """After settled(): once for all that was acknowledged together."""
+        if self._pending.runs >= self._limits.flush_settled:
+            self._hurry.set()
+        self._wake.set()
 
     def release(self, entry: Entry) -> None:
         """One of the ends that the record waited for is in the next transaction."""
@@ -207,11 +209,13 @@ class Flusher:
         self.due_requests += len(due)
         if rows or due or levels:
             await self._flush(rows, due, levels)
-        reader = self.reader
+        ended = []
         for entry in hand.entries:
             entry.holds -= 1
-            if entry.holds == 0 and reader is not None:
-                reader.settle(entry.record)
+            if entry.holds == 0:
+                ended.append(entry.record)
+        if ended and self.reader is not None:
+            self.reader.settle_all(ended)
         if hand.undelivered:
             try:
                 await self._bus.publish(hand.undelivered)

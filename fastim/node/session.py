@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from fastim.auth import Identity
 from fastim.bus.base import Record
 from fastim.model import Fate
@@ -25,53 +27,32 @@ CURSOR: Final = -1
 """A position that says: from the device's durable cursor, read it then."""
 
 
-class Entry:
+class Entry(msgspec.Struct, eq=False):
     """An inbox record that was taken: settled when nothing holds it any more and a flush has committed."""
 
-    __slots__ = ("holds", "record")
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.holds = 0
+    record: Record
+    holds: int = 0
 
 
-class Parcel:
+class Parcel(msgspec.Struct, eq=False):
     """One tagged frame under way.
 
     conv "" is a frame that settles nothing (LEVEL, or a hole in the tags after a hot resume).
     fate None moves the cursor without writing a fate: own messages, and what is not this user's to settle.
+    data, for a replay: the shared tail of a MSG, the whole frame of any other.
+    version, of a LEVEL: what the device has when it acknowledges it.
     """
 
-    __slots__ = (
-        "conv", "data", "entry", "fate", "from_seq", "is_msg", "msg_id", "session", "to_seq", "version",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        session: Session,
-        conv: str,
-        from_seq: int,
-        to_seq: int,
-        msg_id: int,
-        fate: Fate | None,
-        data: bytes,
-        *,
-        is_msg: bool,
-        entry: Entry | None = None,
-        version: int = 0,
-    ) -> None:
-        self.session = session
-        self.conv = conv
-        self.from_seq = from_seq
-        self.to_seq = to_seq
-        self.msg_id = msg_id
-        self.fate = fate
-        self.data = data
-        """For a replay: the shared tail of a MSG, the whole frame of any other."""
-        self.is_msg = is_msg
-        self.entry = entry
-        self.version = version
-        """Of a LEVEL: what the device has when it acknowledges it."""
+    session: Session
+    conv: str
+    from_seq: int
+    to_seq: int
+    msg_id: int
+    fate: Fate | None
+    data: bytes
+    is_msg: bool
+    entry: Entry | None = None
+    version: int = 0
 
 
 class Heard:

@@ -196,6 +196,21 @@ class BusContract:
             assert await bus.lag(topic, "g") == 0
             await reader.close()
 
+    async def test_a_batch_is_settled_at_once_and_commits_no_further_than_what_is_still_out(self) -> None:
+        async with self.fresh() as (bus, topic):
+            await bus.publish(outgoing(topic, "a", "b", "c", "d"))
+            reader = bus.reader(topic, "g", max_unsettled=100)
+            a, b, c, d = await read_exactly(reader, 4)
+            reader.settle_all([a, d])
+            assert bus.committed(topic, "g") == b.offset
+            with pytest.raises(UsageError):
+                reader.settle_all([b, a])
+            reader.settle_all([])
+            reader.settle_all([b, c])
+            assert bus.committed(topic, "g") == bus.published(topic)
+            await reader.close()
+            reader.settle_all([a, b])
+
     async def test_settling_a_record_twice_is_refused(self) -> None:
         async with self.fresh() as (bus, topic):
             await bus.publish(outgoing(topic, "a", "b"))

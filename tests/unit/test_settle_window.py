@@ -39,9 +39,10 @@ def test_committed_is_the_end_of_the_settled_prefix_whatever_the_order(
         before = window.committed
         settles: bool = data.draw(st.booleans())
         if settles and naive.out():
-            offset: int = data.draw(st.sampled_from(naive.out()))
-            naive.settled[offset] = True
-            assert window.settle(offset) == window.committed
+            done: list[int] = data.draw(st.lists(st.sampled_from(naive.out()), min_size=1, unique=True))
+            naive.settled |= dict.fromkeys(done, True)
+            committed = window.settle(done[0]) if len(done) == 1 else window.settle_all(done)
+            assert committed == window.committed
             naive.check(window.committed, next_offset)
         else:
             offsets: list[int] = []
@@ -64,6 +65,16 @@ def test_an_offset_settles_once() -> None:
         window.settle(1)
     with pytest.raises(UsageError):
         window.settle(3)
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], [0, 3], [2, 2]])
+def test_a_batch_with_an_offset_that_is_not_out_changes_nothing(wrong: list[int]) -> None:
+    window = SettleWindow()
+    window.hand_out(range(3))
+    window.settle(1)
+    with pytest.raises(UsageError):
+        window.settle_all(wrong)
+    assert (window.committed, window.unsettled) == (0, 2)
 
 
 def test_an_offset_is_handed_out_once() -> None:

@@ -147,6 +147,7 @@ def _(stack: ExitStack) -> None:
     def write_and_settle(self: Any, entry: Any, session: Any, found: Any, own: bool, mono_ms: int) -> None:
         write(self, entry, session, found, own, mono_ms)
         self._flusher.settled(self._acks.items(session.ack_slot)[-1][1])
+        self._flusher.wake()
 
     patch(stack, Delivery, "_write", write_and_settle)
 
