@@ -139,6 +139,7 @@ def _(stack: ExitStack) -> None:
 
     patch(stack, MemoryReader, "read", read_and_settle)
     patch(stack, MemoryReader, "settle", does_nothing)
+    patch(stack, MemoryReader, "settle_all", does_nothing)
 
 
 @planted(
