@@ -1,13 +1,13 @@
-"""python -m bench road | recovery | core | fanout: see the modules' own words, and results/README.md."""
+"""python -m bench road | recovery | core | fanout | idle: see the modules, and results/README.md."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import core, fanout, recovery, road
+from bench import core, fanout, idle, recovery, road
 
-COMMANDS = {"road": road, "recovery": recovery, "core": core, "fanout": fanout}
+COMMANDS = {"road": road, "recovery": recovery, "core": core, "fanout": fanout, "idle": idle}
 
 
 def main(arguments: list[str] | None = None) -> int:
