@@ -17,7 +17,7 @@ def client_config(file: Path | None, data: Path | None) -> Config:
     flags: dict[str, Any] = {"dev": True}
     if data is not None:
         flags["data_dir"] = str(data)
-    return load(flags, file)
+    return load(flags, file, "client")
 
 
 def rest_url(config: Config, url: str) -> str:

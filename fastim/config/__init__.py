@@ -1,6 +1,7 @@
 """Every setting, its default, its range, and where its value came from.
 
     schema      the tables
+    backends    those of store, bus and presence, whose URLs are secrets
     coherence   what only several values together show
     loading     flags > environment > file > defaults, and one sentence for each problem
     template    a file with every key, its meaning and its default
@@ -10,8 +11,10 @@ C2  no error and no repr shows a secret                                         
 C3  the template is a configuration, of the defaults                              same
 """
 
+from fastim.config.backends import shown
+from fastim.config.coherence import Role
 from fastim.config.loading import ConfigError, load
 from fastim.config.schema import Config, is_loopback, split_address
 from fastim.config.template import template
 
-__all__ = ["Config", "ConfigError", "is_loopback", "load", "split_address", "template"]
+__all__ = ["Config", "ConfigError", "Role", "is_loopback", "load", "shown", "split_address", "template"]

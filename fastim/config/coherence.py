@@ -1,14 +1,18 @@
 """What no single value shows: that somebody can log in, that no plain socket is open to the internet, that no
-secret is short or somebody's example, that a stopping server is gone within 30 s.
+secret is short or somebody's example, that a stopping server is gone within 30 s, that processes which are to
+work together can meet.
+
+A process is asked for what its role needs and no more: a dispatcher has no certificate.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, Literal
 
 from fastim.auth import check_secret
+from fastim.config.backends import SERVERS
 from fastim.config.schema import (
     FIRST_CUSTOM_KIND,
     LAST_CUSTOM_KIND,
@@ -22,8 +26,11 @@ from fastim.model import DEFAULT_KINDS
 
 MAX_STOPPING_MS: Final = 25_000
 
+Role = Literal["serve", "node", "dispatch", "api", "client"]
+"""What a process is: all parts in one, one of them, or a command that only looks where things are."""
 
-def contradictions(config: Config) -> Iterator[str]:
+
+def contradictions(config: Config, role: Role) -> Iterator[str]:
     """What only several values together show."""
     node, api = config.node, config.api
     if node.idle_ms < 2 * node.heartbeat_ms:
@@ -43,12 +50,48 @@ def contradictions(config: Config) -> Iterator[str]:
             f"node.drain_window_ms and dispatch.stop_ms are {stopping_ms:,} together; must be at most "
             f"{MAX_STOPPING_MS:,}, so that a stop takes no longer than 30 s"
         )
-    for name, section in (("node", node), ("api", api)):
-        yield from _tls_pair(name, section.tls_cert, section.tls_key)
-    yield from _exposure(config)
-    yield from _sealing(config)
+    yield from _backends(config, role)
+    if role in ("serve", "node"):
+        yield from _tls_pair("node", node.tls_cert, node.tls_key)
+        yield from _node_exposure(config)
+        yield from _sealing(config)
+    if role in ("serve", "api"):
+        yield from _tls_pair("api", api.tls_cert, api.tls_key)
+        yield from _api_exposure(config)
     yield from _kind_problems(config.kinds)
-    yield from _secrets(config)
+    if role != "dispatch":
+        yield from _issuers(config)
+    if role in ("serve", "dispatch"):
+        yield from _webhook(config)
+
+
+def _backends(config: Config, role: Role) -> Iterator[str]:
+    """Separate processes meet on three servers; one process has all of them inside, or none."""
+    absent = [name for name, there in config.on_servers.items() if not there]
+    if role in ("node", "dispatch", "api"):
+        if absent:
+            wanted = ", ".join(f"{name}.url = {SERVERS[name]}" for name in SERVERS)
+            yield (
+                f"`fastim {role}` works with other processes on three servers, and {', '.join(absent)} "
+                f"{'is' if len(absent) == 1 else 'are'} embedded in one; set {wanted}; or run `fastim serve`"
+            )
+        names = [config.node.name, config.api.name]
+        if len(set(names)) < len(names):
+            yield f"node.name and api.name are both {names[0]!r}; each has an inbox of its own name"
+    elif 0 < len(absent) < len(SERVERS):
+        there = [f"{name}.url" for name in SERVERS if name not in absent]
+        yield (
+            f"{' and '.join(there)} name{'s' if len(there) == 1 else ''} a server, "
+            f"{' and '.join(f'{name}.url' for name in absent)} not; all three do, or none"
+        )
+    bus = config.bus
+    yield from _tls_pair("bus", bus.tls_cert, bus.tls_key)
+    if (bus.tls_ca or bus.tls_cert) and not bus.tls:
+        yield "bus.tls_ca and bus.tls_cert are for bus.tls, which is not set"
+    if bool(bus.sasl) != bool(bus.user) or bool(bus.sasl) != bool(bus.password.get_secret_value()):
+        yield "bus.sasl, bus.user and bus.password go together"
+    if bus.sasl == "PLAIN" and not bus.tls and not config.dev:
+        yield "bus.sasl is PLAIN without bus.tls: the password would be sent in clear"
 
 
 def _tls_pair(name: str, cert: str, key: str) -> Iterator[str]:
@@ -60,14 +103,18 @@ def _tls_pair(name: str, cert: str, key: str) -> Iterator[str]:
             yield f"{name}.tls_{what} is {path!r}; cannot be read"
 
 
-def _exposure(config: Config) -> Iterator[str]:
-    node, api = config.node, config.api
+def _node_exposure(config: Config) -> Iterator[str]:
+    node = config.node
     if node.plain and not (config.dev and is_loopback(split_address(node.listen)[0])):
         yield f"node.plain needs --dev and a loopback address; node.listen is {node.listen!r}"
     if node.proxy_protocol and not node.balancers:
         yield "node.proxy_protocol needs node.balancers: who may say for whom he speaks"
     if not config.dev and not node.tls_cert and not node.balancers:
         yield "node.tls_cert is empty; outside --dev set it and node.tls_key, or node.balancers that end TLS"
+
+
+def _api_exposure(config: Config) -> Iterator[str]:
+    api = config.api
     if not is_loopback(split_address(api.listen)[0]) and not api.tls_cert and not api.plain:
         yield (
             f"api.listen is {api.listen!r}, open to other machines; set api.tls_cert and api.tls_key, or "
@@ -109,8 +156,8 @@ def _kind_problems(kinds: Mapping[str, KindSection]) -> Iterator[str]:
             taken[row.kind] = name
 
 
-def _secrets(config: Config) -> Iterator[str]:
-    """Keys that can be loaded, secrets that nobody can guess."""
+def _issuers(config: Config) -> Iterator[str]:
+    """Keys that can be loaded."""
     try:
         keys = config.token_keys()
     except UsageError as error:
@@ -121,6 +168,10 @@ def _secrets(config: Config) -> Iterator[str]:
     named = [(key.issuer, key.kid) for key in keys]
     for pair in dict.fromkeys(pair for pair in named if named.count(pair) > 1):
         yield f"auth.issuers has issuer {pair[0]!r} with kid {pair[1]!r} twice"
+
+
+def _webhook(config: Config) -> Iterator[str]:
+    """A secret that nobody can guess."""
     webhook = config.push.webhook
     secret = webhook.secret.get_secret_value()
     if not webhook.url:

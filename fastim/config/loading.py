@@ -19,12 +19,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsConfigDict, SettingsError
 
-from fastim.config.coherence import contradictions
+from fastim.config.coherence import Role, contradictions
 from fastim.config.schema import ENV_PREFIX, Config, bounds, known_keys, tables
 from fastim.errors import UsageError
 
-NOT_SETTINGS: Final = frozenset({"FASTIM_CONFIG", "FASTIM_TOKEN", "FASTIM_BUILD", "FASTIM_REQUIRE"})
-"""The file to read, the token of a command, and what the build and the tests look at."""
+NOT_SETTINGS: Final = frozenset(
+    {
+        "FASTIM_CONFIG", "FASTIM_TOKEN", "FASTIM_BUILD", "FASTIM_REQUIRE",
+        "FASTIM_KAFKA", "FASTIM_KAFKA3", "FASTIM_POSTGRES", "FASTIM_POSTGRES2", "FASTIM_REDIS",
+        "FASTIM_VALKEY",
+    }
+)  # fmt: skip
+"""The file to read, the token of a command, what the build and the tests look at, and where the servers of
+development are (deploy/dev/servers env)."""
 
 
 class ConfigError(UsageError):
@@ -35,8 +42,9 @@ class ConfigError(UsageError):
         self.problems = tuple(problems)
 
 
-def load(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Config:
-    """The configuration, checked. flags: nested tables of what the command line named.
+def load(flags: Mapping[str, Any] | None = None, file: Path | None = None, role: Role = "serve") -> Config:
+    """The configuration, checked for a process of that role. flags: nested tables of what the command line
+    named.
 
     Raises ConfigError with every problem that was found.
     """
@@ -57,7 +65,7 @@ def load(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Co
         name = found[1] if found else "a table"
         text = f"the environment's value of {name} is not JSON, which lists and tables need"
         raise ConfigError([*problems, text]) from None
-    problems += list(contradictions(config))
+    problems += list(contradictions(config, role))
     if problems:
         raise ConfigError(problems)
     return config

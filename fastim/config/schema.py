@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import annotated_types
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,10 +22,19 @@ from pydantic_settings import (
 )
 
 from fastim.auth import Key, load_key
+from fastim.config.backends import (
+    EMBEDDED,
+    EMBEDDED_STORE,
+    BusSection,
+    PresenceSection,
+    Section,
+    StoreSection,
+)
 from fastim.errors import UsageError
 from fastim.model import DEFAULT_KINDS, MAX_BODY_BYTES, KindRule
 
 ENV_PREFIX: Final = "FASTIM_"
+NAME: Final = r"^[A-Za-z0-9_-]{1,32}$"
 FIRST_CUSTOM_KIND: Final = 64
 LAST_CUSTOM_KIND: Final = 65_535
 
@@ -83,12 +92,6 @@ Origin = Annotated[str, AfterValidator(_origin)]
 Url = Annotated[str, AfterValidator(_url)]
 
 
-class Section(BaseModel):
-    """A table of the configuration."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
-
-
 # ------------------------------------------------------------------------------------------------ sections
 
 
@@ -114,7 +117,18 @@ class NodeSection(Section):
     """The access node: client sockets, sessions, delivery."""
 
     name: str = Field(
-        default="n1", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="This node's id; never change it."
+        default="n1", pattern=NAME, description="This node's id, unlike any other's; never change it."
+    )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Nodes that `fastim node` runs on the one address, a process each: name-1, name-2 ...",
+    )
+    status_listen: Address | Literal[""] = Field(
+        default="",
+        description="Where `fastim node` answers /health, /ready and /metrics over HTTP; the next worker one "
+        "port higher. Empty: only /health, beside the clients' path.",
     )
     listen: Address = Field(default="127.0.0.1:8443", description="Where WebSocket clients connect.")
     tls_cert: str = Field(
@@ -212,6 +226,13 @@ class NodeSection(Section):
 class DispatchSection(Section):
     """Storing, routing, retries and push."""
 
+    name: str = Field(
+        default="d1", pattern=NAME, description="This dispatcher's id, unlike any other's; never change it."
+    )
+    status_listen: Address | Literal[""] = Field(
+        default="",
+        description="Where `fastim dispatch` answers /health, /ready and /metrics; empty: nowhere.",
+    )
     batch_records: int = Field(
         default=512, ge=1, le=8_192, description="Sends that become one store transaction."
     )
@@ -299,41 +320,12 @@ class DispatchSection(Section):
     )
 
 
-class StoreSection(Section):
-    """Where messages are kept."""
-
-    url: str = Field(
-        default="sqlite:",
-        pattern=r"^sqlite:",
-        description="sqlite: (in data_dir) or sqlite:/another/directory.",
-    )
-
-
-class BusSection(Section):
-    """What carries records between the parts."""
-
-    url: str = Field(default="memory:", pattern=r"^memory:$", description="memory: is the embedded one.")
-    bound_records: int = Field(
-        default=200_000,
-        ge=1_000,
-        le=10_000_000,
-        description="Records a topic may hold; then senders are refused.",
-    )
-
-
-class PresenceSection(Section):
-    """Who is connected where."""
-
-    url: str = Field(default="memory:", pattern=r"^memory:$", description="memory: is the embedded one.")
-    lease_ms: int = Field(
-        default=6_000, ge=1_000, le=60_000, description="A node that does not renew is gone after it."
-    )
-    renew_ms: int = Field(default=2_000, ge=100, le=20_000, description="How often a node renews its lease.")
-
-
 class ApiSection(Section):
     """The REST interface."""
 
+    name: str = Field(
+        default="api", pattern=NAME, description="This api's id, unlike any other's or any node's."
+    )
     listen: Address = Field(default="127.0.0.1:8080", description="Where REST clients connect.")
     tls_cert: str = Field(
         default="", description="PEM file with the certificate chain; read again on SIGHUP."
@@ -347,7 +339,7 @@ class ApiSection(Section):
         default=5_000,
         ge=10,
         le=60_000,
-        description="Wait for a message to be stored before 503; then repeat it.",
+        description="Wait for a message to be stored before 503 (then repeat it), or 202 with Kafka.",
     )
     max_body_bytes: int = Field(
         default=262_144, ge=1_024, le=1_048_576, description="Size of a request body."
@@ -471,9 +463,37 @@ class Config(BaseSettings):
         return Path(self.data_dir)
 
     @property
+    def store_urls(self) -> list[str]:
+        """With their passwords: only for whoever connects."""
+        return [url.get_secret_value() for url in self.store.url]
+
+    @property
+    def bus_url(self) -> str:
+        return self.bus.url.get_secret_value()
+
+    @property
+    def presence_url(self) -> str:
+        """With its password: only for whoever connects."""
+        return self.presence.url.get_secret_value()
+
+    @property
+    def on_servers(self) -> dict[str, bool]:
+        """Of store, bus and presence: whether it is a server that processes can share."""
+        return {
+            "bus": self.bus_url != EMBEDDED,
+            "presence": self.presence_url != EMBEDDED,
+            "store": not self.store_urls[0].startswith(EMBEDDED_STORE),
+        }
+
+    @property
+    def embedded(self) -> bool:
+        """Everything is in this process. (coherence.py sees to it that nothing is, or all three are.)"""
+        return not any(self.on_servers.values())
+
+    @property
     def store_path(self) -> Path:
-        """The directory of the store's files."""
-        return Path(self.store.url.removeprefix("sqlite:") or self.data_dir)
+        """The directory of the embedded store's files."""
+        return Path(self.store_urls[0].removeprefix(EMBEDDED_STORE) or self.data_dir)
 
     @property
     def kind_rules(self) -> dict[int, KindRule]:

@@ -90,14 +90,16 @@ def _meaning(field: FieldInfo) -> str:
     low, high = bounds(field)
     if low is not None:
         return f"{text} {low:,}-{high:,}." if isinstance(low, int) else f"{text} {low}-{high}."
-    choices = [word for word in get_args(field.annotation) if isinstance(word, str)]
+    choices = [word for word in get_args(field.annotation) if isinstance(word, str) and word]
     return f"{text} One of {', '.join(choices)}." if choices else text
 
 
 def _default(name: str, field: FieldInfo) -> Any:
     value = field.default
     if isinstance(value, SecretStr):
-        return ""
+        return value.get_secret_value()  # a default is no secret
+    if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], SecretStr):
+        return value[0].get_secret_value()
     if value is PydanticUndefined or value is None or (name in _EXAMPLE and value == ""):
         return _EXAMPLE[name]
     return value

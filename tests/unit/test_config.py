@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fastim.app.compose import seal_keys
-from fastim.config import Config, ConfigError, load, split_address, template
+from fastim.config import Config, ConfigError, Role, load, shown, split_address, template
 from fastim.config.schema import known_keys
 from fastim.model import DEFAULT_KINDS
 from fastim.sealing import StaticKey
@@ -79,6 +79,61 @@ def test_store_may_live_in_another_directory() -> None:
     assert load(DEV | {"store": {"url": "sqlite:/srv/im"}}).store_path == Path("/srv/im")
 
 
+SERVERS = {
+    "bus": {"url": "kafka://h1:9092,h2:9092"},
+    "presence": {"url": "redis://im:hush@h:6379"},
+    "store": {"url": ["postgresql://im:hush@h1/d", "postgresql://im:hush@h2/d"]},
+}
+
+
+def test_backends_are_chosen_by_url() -> None:
+    assert load(DEV).embedded
+    config = load(DEV | SERVERS)
+    assert not config.embedded
+    assert config.store_urls == SERVERS["store"]["url"]
+    assert load(DEV | SERVERS | {"store": {"url": "postgresql://h/d"}}).store_urls == ["postgresql://h/d"]
+
+
+@pytest.mark.parametrize("text", ["postgresql://im:hush@h/d", '["postgresql://im:hush@h/d"]'])
+def test_environment_names_databases_alone_or_as_a_list(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("FASTIM_STORE__URL", text)
+    monkeypatch.setenv("FASTIM_BUS__URL", "kafka://h:9092")
+    monkeypatch.setenv("FASTIM_PRESENCE__URL", "redis://h")
+    assert load(DEV).store_urls == ["postgresql://im:hush@h/d"]
+
+
+@pytest.mark.parametrize("role", ["node", "dispatch", "api"])
+def test_process_of_a_cluster_says_which_servers_it_needs(role: Role) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(DEV | {"presence": {"url": "redis://h"}}, role=role)
+    (problem,) = caught.value.problems
+    assert f"`fastim {role}` works with other processes on three servers" in problem
+    assert "bus, store are embedded" in problem
+    for words in ("bus.url = kafka://", "presence.url = redis://", "store.url = postgresql://"):
+        assert words in problem
+    load(DEV | SERVERS, role=role)
+
+
+def test_process_is_asked_for_what_its_role_needs_and_no_more() -> None:
+    load(SERVERS, role="dispatch")
+    with pytest.raises(ConfigError, match=r"auth\.issuers is empty") as caught:
+        load(SERVERS, role="api")
+    assert len(caught.value.problems) == 1
+    with pytest.raises(ConfigError, match=r"node\.tls_cert is empty"):
+        load(SERVERS, role="node")
+
+
+def test_urls_of_servers_are_shown_without_their_passwords() -> None:
+    config = load(DEV | SERVERS)
+    assert "hush" not in repr(config)
+    assert [shown(url) for url in (config.presence_url, *config.store_urls)] == [
+        "redis://im@h:6379", "postgresql://im@h1/d", "postgresql://im@h2/d",
+    ]  # fmt: skip
+    assert shown("redis://:hush@h:1/0?prefix=x") == "redis://@h:1/0"
+    for wrong in ("mysql://im:hush@h/d", ["postgresql://im:hush@h/d", "x"]):
+        assert "hush" not in " ".join(problems(DEV | SERVERS | {"store": {"url": wrong}}))
+
+
 def test_production_loads_with_a_key_and_a_balancer() -> None:
     (key,) = load(production()).token_keys()
     assert (key.issuer, key.kid) == ("https://login.example.org", "k1")
@@ -132,7 +187,14 @@ def test_unknown_key_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPat
     ]
 
 
-@pytest.mark.parametrize("name", ["FASTIM_CONFIG", "FASTIM_TOKEN", "FASTIM_BUILD", "FASTIM_REQUIRE"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FASTIM_CONFIG", "FASTIM_TOKEN", "FASTIM_BUILD", "FASTIM_REQUIRE",
+        "FASTIM_KAFKA", "FASTIM_KAFKA3", "FASTIM_POSTGRES", "FASTIM_POSTGRES2", "FASTIM_REDIS",
+        "FASTIM_VALKEY",
+    ],
+)  # fmt: skip
 def test_names_that_are_no_settings_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "anything")
     load(DEV)
@@ -168,8 +230,18 @@ def test_every_key_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch
             {"node": {"drain_window_ms": 20_000}},
             "node.drain_window_ms and dispatch.stop_ms are 30,000 together; must be at most 25,000",
         ),
-        ({"store": {"url": "postgres://x"}}, "store.url is 'postgres://x'; must match"),
-        ({"bus": {"url": "kafka:"}}, "bus.url is 'kafka:'; must match"),
+        ({"store": {"url": "mysql://x"}}, "store.url is not as it must be; must be sqlite:, sqlite:/a/dir"),
+        ({"store": {"url": ["sqlite:", "sqlite:/b"]}}, "or one postgresql://user@host/database per database"),
+        ({"store": {"url": ["postgresql://u@h/d"] * 2}}, "must name each database once"),
+        ({"bus": {"url": "kafka:"}}, "bus.url is not as it must be; must be memory: or kafka://host:9092"),
+        ({"bus": {"url": "kafka://u:pw@h:9092"}}, "user and password are bus.user, bus.password"),
+        ({"bus": {"sasl": "PLAIN"}}, "bus.sasl, bus.user and bus.password go together"),
+        ({"bus": {"tls_ca": "ca.pem"}}, "bus.tls_ca and bus.tls_cert are for bus.tls, which is not set"),
+        ({"presence": {"url": "http://h"}}, "presence.url is not as it must be; must be memory:, redis://"),
+        (
+            {"presence": {"url": "redis://h"}},
+            "presence.url names a server, bus.url and store.url not; all three do, or none",
+        ),
         ({"dispatch": {"backoff_ms": []}}, "dispatch.backoff_ms"),
         ({"dispatch": {"backoff_jitter": 1.5}}, "dispatch.backoff_jitter is 1.5; must be 0.0-1.0"),
         ({"api": {"tls_cert": "c.pem"}}, "api.tls_cert and api.tls_key go together; api.tls_key is missing"),
