@@ -8,7 +8,7 @@ FRAMES   ?= 1000000
 BIN     := .venv/bin
 CORE    := $(wildcard fastim/_core/*.pyx fastim/_core/*.pxd)
 STUBS    = $(patsubst fastim/_core/%.pyx,fastim._core.%,$(wildcard fastim/_core/*.pyx))
-LINTED  := setup.py fastim tests $(wildcard bench loadtest)
+LINTED  := setup.py fastim tests $(wildcard bench loadtest deploy)
 CORE_TESTS := tests/unit tests/property
 SOCKET_TESTS := tests/system/test_listener.py tests/system/test_tls.py tests/system/test_road.py
 

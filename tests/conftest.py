@@ -22,6 +22,7 @@ import pytest
 import uvloop
 
 import fastim._core
+from tests.servers import Servers, SharedServers
 
 T = TypeVar("T")
 
@@ -124,3 +125,44 @@ def need() -> Callable[..., None]:
         pytest.skip(f"{name} was not found")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def shared_servers() -> Iterator[SharedServers]:
+    servers = SharedServers()
+    yield servers
+    servers.close()
+
+
+@pytest.fixture(scope="session")
+def kafka(shared_servers: SharedServers) -> str:
+    """kafka://host:port of a real broker; see tests/servers.py for when there is none."""
+    return shared_servers.url("kafka")
+
+
+@pytest.fixture(scope="session")
+def postgres(shared_servers: SharedServers) -> str:
+    """postgresql://... of a real server; its role may create databases."""
+    return shared_servers.url("postgres")
+
+
+@pytest.fixture(scope="session")
+def redis_server(shared_servers: SharedServers) -> str:
+    """redis://host:port/0 of a real server."""
+    return shared_servers.url("redis")
+
+
+@pytest.fixture(scope="session")
+def valkey(shared_servers: SharedServers) -> str:
+    """redis+cluster://host:port,host:port,host:port of a real cluster."""
+    return shared_servers.url("valkey")
+
+
+@pytest.fixture
+def own_servers() -> Iterator[Servers]:
+    """Servers for one test, to kill and to stop."""
+    servers = Servers()
+    try:
+        yield servers
+    finally:
+        servers.close()
