@@ -17,7 +17,7 @@ S8   a membership change is visible to the next read
 S9   shard_of(conv) is stable across versions (golden vectors)
 S10  scan gives every message once, in append order
 S11  a due row (and a push row) is claimed by one holder until its claim ends
-S12  a fence is for ever, and at most one live adopter works on it
+S12  a fence is for ever, and at most one live adopter works on it; an open boot is listed until it is ended
 S13  cursors, fate rows and due rows of one flush are one transaction; so are a park's fate row, push row
      and due-row deletion
 
@@ -380,6 +380,14 @@ class Device(msgspec.Struct, frozen=True, gc=False):
     level: int = 0
 
 
+class OpenBoot(msgspec.Struct, frozen=True, gc=False):
+    """A start of a node whose inbox may hold something: open_boot was called for it, end_boot was not."""
+
+    node: str
+    boot: int
+    fenced: bool
+
+
 class MessageStore(Protocol):
     """The port. Batched calls return results in the order of their arguments."""
 
@@ -546,6 +554,19 @@ class MessageStore(Protocol):
     # -- nodes
     async def next_boot(self, node: str) -> int:
         """1, 2, 3 ... per node, durable."""
+        ...
+
+    async def open_boot(self, node: str, boot: int) -> None:
+        """Before the boot's inbox is created, on a bus that outlives the process: whoever forgets the boot
+        (a flushed presence), it is listed here. Again: nothing happens."""
+        ...
+
+    async def open_boots(self) -> list[OpenBoot]:
+        """Every open boot, by node and boot."""
+        ...
+
+    async def end_boot(self, node: str, boot: int) -> None:
+        """The boot's inbox is gone for good. Its fence stays. Again, or never opened: nothing happens."""
         ...
 
     async def fence(self, node: str, boot: int, holder: str, now_ms: int, claim_ms: int) -> bool:

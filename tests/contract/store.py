@@ -29,6 +29,7 @@ from fastim.store.base import (
     Leveled,
     MessageStore,
     ObligationState,
+    OpenBoot,
     Park,
     PushRow,
     Settled,
@@ -417,6 +418,7 @@ class StoreContract:
         await store.settle((await store.scan(0, 10))[2].msg_id)
         assert await store.next_boot("n1") == 1
         assert await store.fence("n0", 7, "d", NOW, 1_000)
+        await store.open_boot("n0", 7)
 
         async def everything() -> list[object]:
             return [
@@ -431,6 +433,7 @@ class StoreContract:
         assert await everything() == before
         assert await store.next_boot("n1") == 2
         assert await store.fenced("n0", 7)
+        assert await store.open_boots() == [OpenBoot("n0", 7, True)]
         await store.close()
 
     async def test_a_closed_store_says_so(self) -> None:
@@ -1483,6 +1486,21 @@ class StoreContract:
         async with self.opened() as store:
             assert [await store.next_boot("n1") for _ in range(3)] == [1, 2, 3]
             assert await store.next_boot("n2") == 1
+
+    async def test_s12_an_open_boot_is_listed_until_it_is_ended(self) -> None:
+        async with self.opened() as store:
+            assert await store.open_boots() == []
+            for node, boot in (("n2", 1), ("n1", 10), ("n1", 9), ("n1", 10)):
+                await store.open_boot(node, boot)
+            await store.fence("n1", 9, "d", NOW, 1_000)
+            await store.fence("n3", 4, "d", NOW, 1_000)
+            listed = [OpenBoot("n1", 9, True), OpenBoot("n1", 10, False), OpenBoot("n2", 1, False)]
+            assert await store.open_boots() == listed
+            await store.end_boot("n1", 9)
+            await store.end_boot("n1", 9)
+            await store.end_boot("n3", 4)
+            assert await store.open_boots() == listed[1:]
+            assert await store.fenced("n1", 9)
 
     async def test_s12_a_fence_is_for_ever_and_its_adoption_is_one_holders(self) -> None:
         async with self.opened() as store:

@@ -44,6 +44,7 @@ from fastim.store.base import (
     Member,
     Obligation,
     ObligationState,
+    OpenBoot,
     OpenRange,
     Park,
     PushRow,
@@ -103,6 +104,7 @@ class State:
     push: dict[tuple[str, str], Push] = field(default_factory=dict)
     boots: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     fences: dict[tuple[str, int], Fence] = field(default_factory=dict)
+    open_boots: set[tuple[str, int]] = field(default_factory=set)
     last_id: int = 0
     settled: int = 0
 
@@ -764,6 +766,16 @@ class NaiveStore:
     async def next_boot(self, node: str) -> int:
         self._open().boots[node] += 1
         return self.state.boots[node]
+
+    async def open_boot(self, node: str, boot: int) -> None:
+        self._open().open_boots.add((node, boot))
+
+    async def open_boots(self) -> list[OpenBoot]:
+        fences = self._open().fences
+        return [OpenBoot(*found, found in fences) for found in sorted(self.state.open_boots)]
+
+    async def end_boot(self, node: str, boot: int) -> None:
+        self._open().open_boots.discard((node, boot))
 
     async def fence(self, node: str, boot: int, holder: str, now_ms: int, claim_ms: int) -> bool:
         known = self._open().fences.get((node, boot))

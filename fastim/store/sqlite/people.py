@@ -8,7 +8,7 @@ import msgspec
 
 from fastim.errors import PeerError
 from fastim.model import MAX_GROUP_MEMBERS, Kind, Role
-from fastim.store.base import Device
+from fastim.store.base import Device, OpenBoot
 from fastim.store.sqlite.fates import LOW
 from fastim.store.sqlite.files import Sql
 from fastim.store.sqlite.minting import Minter
@@ -121,6 +121,21 @@ class Nodes:
                 (node,),
             )
         )
+
+    def open_boot(self, node: str, boot: int) -> None:
+        """The writer's."""
+        self._sql.run("INSERT INTO open_boot VALUES (?, ?) ON CONFLICT DO NOTHING", (node, boot))
+
+    def open_boots(self) -> list[OpenBoot]:
+        rows = self._sql.rows(
+            "SELECT o.node, o.boot, f.boot IS NOT NULL FROM open_boot o"
+            " LEFT JOIN fence f ON f.node = o.node AND f.boot = o.boot ORDER BY o.node, o.boot"
+        )
+        return [OpenBoot(node, boot, bool(fenced)) for node, boot, fenced in rows]
+
+    def end_boot(self, node: str, boot: int) -> None:
+        """The writer's."""
+        self._sql.run("DELETE FROM open_boot WHERE node = ? AND boot = ?", (node, boot))
 
     def fence(self, node: str, boot: int, holder: str, now_ms: int, claim_ms: int) -> bool:
         """The writer's. The row is for ever; its claim is its holder's until it ends."""

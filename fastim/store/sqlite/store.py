@@ -327,6 +327,15 @@ class SqliteStore:
     async def next_boot(self, node: str) -> int:
         return await self._write(lambda w: w.nodes.next_boot(node))
 
+    async def open_boot(self, node: str, boot: int) -> None:
+        await self._write(lambda w: w.nodes.open_boot(node, boot))
+
+    async def open_boots(self) -> list[base.OpenBoot]:
+        return await self._read(lambda r: r.nodes.open_boots())
+
+    async def end_boot(self, node: str, boot: int) -> None:
+        await self._write(lambda w: w.nodes.end_boot(node, boot))
+
     async def fence(self, node: str, boot: int, holder: str, now_ms: int, claim_ms: int) -> bool:
         return await self._write(lambda w: w.nodes.fence(node, boot, holder, now_ms, claim_ms), now_ms)
 
