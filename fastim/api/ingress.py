@@ -1,11 +1,12 @@
 """Send a message for a caller without a connection, and wait until it is stored.
 
-Hides the bus: the api has an inbox of its own, `inbox.api.<boot>`, to which dispatch answers as it answers a
-node. A caller whose answer does not come in time is told to repeat under the same client_id; what became of
-the first try, the repeat learns (Store.S2).
+Hides the bus: the api has an inbox of its own, `inbox.<name>.<boot>`, to which dispatch answers as it answers
+a node. A caller whose answer does not come in time is told to repeat under the same client_id; what became of
+the first try, the repeat learns (Store.S2). On a durable bus the record is safe by then and will be stored or
+refused whatever happens: the caller is told that it was taken, and the trace tells the rest.
 
     submit ─▶ WAITING ──Reply──▶ stored | refused        late Replies find nobody and are settled
-                 └──deadline, stop──▶ unavailable, retryable
+                 └──deadline, stop──▶ durable bus: taken (None) │ memory: unavailable, retryable
 
 G1  at most max_waiting callers wait; one more is refused before it publishes    tests/unit/test_ingress.py
 G2  a Reply is settled whether or not somebody still waits for it                same
@@ -32,7 +33,8 @@ _BATCH: Final = 256
 class Ingress:
     """One per process.
 
-    on_fatal is called if the inbox can no longer be read: every later caller would wait for nothing.
+    durable: what the bus has taken outlives every process. on_fatal is called if the inbox can no longer be
+    read: every later caller would wait for nothing.
     """
 
     def __init__(
@@ -40,17 +42,21 @@ class Ingress:
         bus: Bus,
         boot: int,
         *,
+        name: str = "api",
+        durable: bool = False,
         reply_timeout_ms: int,
         max_waiting: int,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._bus = bus
-        self._topic = inbox_topic("api", boot)
+        self._topic = inbox_topic(name, boot)
+        self._name = name
         self._boot = boot
+        self._durable = durable
         self._reply_timeout_ms = reply_timeout_ms
         self._max_waiting = max_waiting
         self._on_fatal = on_fatal
-        self._waiting: dict[str, asyncio.Future[Reply]] = {}
+        self._waiting: dict[str, asyncio.Future[Reply | None]] = {}
         self._count = 0
         self._reader: Reader | None = None
         self._task: asyncio.Task[None] | None = None
@@ -66,8 +72,8 @@ class Ingress:
         self._reader = self._bus.reader(self._topic, API_GROUP, max_unsettled=4 * _BATCH)
         self._task = asyncio.create_task(self._read(self._reader), name="api.inbox")
 
-    async def submit(self, conv: str, sender: str, item: SendItem, *, service: bool) -> SentItem:
-        """Authorised and within limits; returns once it is stored.
+    async def submit(self, conv: str, sender: str, item: SendItem, *, service: bool) -> SentItem | None:
+        """Authorised and within limits; returns once it is stored, or None: taken for good, not stored yet.
 
         Raises PeerError: dispatch's refusal, or "unavailable" (retryable under the same client_id) when no
         answer came within the reply timeout, too many wait, or the bus did not take it.
@@ -77,8 +83,8 @@ class Ingress:
         if len(self._waiting) >= self._max_waiting:
             raise _unavailable(f"{self._max_waiting:,} messages wait to be stored; limit api.max_waiting")
         self._count += 1
-        request = f"api-{self._boot}-{self._count}"
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        request = f"{self._name}-{self._boot}-{self._count}"
+        future: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         self._waiting[request] = future
         try:
             submit = Submit(conv, sender, "", request, self._topic, [item], 0, service)
@@ -89,19 +95,25 @@ class Ingress:
         except BusUnavailable as error:
             raise _unavailable(error.detail) from None
         except TimeoutError:
+            if self._durable:
+                return None
             raise _unavailable(
                 f"not stored within {self._reply_timeout_ms:,} ms (api.reply_timeout_ms); send it again with "
                 f"the same client_id"
             ) from None
         finally:
             self._waiting.pop(request, None)
-        return _outcome(reply)
+        return _outcome(reply) if reply is not None else None
 
     async def stop(self) -> None:
-        """Tell who still waits to repeat, and give the inbox back. Safe to call twice."""
+        """Tell who still waits that it was taken, or to repeat; give the inbox back. Safe to call twice."""
         self._closed = True
         for future in self._waiting.values():
-            if not future.done():
+            if future.done():
+                continue
+            if self._durable:
+                future.set_result(None)
+            else:
                 detail = "the server is stopping; send it again with the same client_id"
                 future.set_exception(_unavailable(detail))
         if self._reader is not None:

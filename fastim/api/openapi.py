@@ -34,6 +34,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     head: bool = False
     status: int = 200
     """Of the answer."""
+    taken: type[Given] | None = None
+    """The answer with 202: it will be done."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -42,15 +44,15 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 @functools.cache
 def path_pattern(path: str) -> re.Pattern[str]:
-    """Matches a request's raw path."""
-    return re.compile(re.sub(r"\{\w+\}", "[^/]+", path))
+    """Matches a request's raw path: this spelling and no other."""
+    return re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(path)))
 
 
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The whole document."""
     kinds: list[type] = [Problem]
     for one in endpoints:
-        kinds += [kind for kind in (one.query, one.body, one.answer) if kind is not None]
+        kinds += [kind for kind in (one.query, one.body, one.answer, one.taken) if kind is not None]
     _, components = msgspec.json.schema_components(list(dict.fromkeys(kinds)), ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
@@ -97,6 +99,8 @@ def _responses(one: Endpoint) -> dict[str, Any]:
     if one.answer is not None:
         answer["content"] = _content("application/json", one.answer)
     responses: dict[str, Any] = {str(one.status): answer}
+    if one.taken is not None:
+        responses["202"] = {"description": "Taken", "content": _content("application/json", one.taken)}
     by_status: dict[int, list[str]] = {}
     for code in dict.fromkeys(one.refusals):
         by_status.setdefault(status_of(code), []).append(code)

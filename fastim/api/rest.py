@@ -8,6 +8,7 @@ R1  every error is problem+json with a code, and shows nothing of an exception  
 R2  the same authoriser as WebSocket decides; a token comes in the Authorization header only    same
 R3  only failed tokens are limited per address    same
 R4  a send that was not stored in time may be repeated under its client_id and is stored once    same
+R5  on a durable bus it is answered 202 with where its trace is    same
 Source: semantics, "Send"; architecture, "Processes".
 """
 
@@ -155,8 +156,12 @@ class Rest:
 
     def _route(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         work: Callable[[Rest, Call], Awaitable[Answer]] = getattr(Rest, endpoint.name)
+        spelling = path_pattern(endpoint.path)
 
         async def handle(request: Request) -> Response:
+            # BlackSheep takes any case and a slash at the end; a rule of a proxy in front takes only one.
+            if spelling.fullmatch(_path(request)) is None:
+                return self._finish(request, self._unknown(request))
             path = {name: value or "" for name, value in (request.route_values or {}).items()}
             call = Call(path, local=is_local(request))
             try:
@@ -236,7 +241,7 @@ class Rest:
 
     def _unknown(self, request: Request) -> Response:
         """No such path, no such method, or a browser that asks first (CORS)."""
-        path = request.url.path.decode("latin-1")
+        path = _path(request)
         methods = sorted(
             {method for one in ENDPOINTS if path_pattern(one.path).fullmatch(path) for method in one.methods}
         )
@@ -320,6 +325,9 @@ class Rest:
             raise PeerError("rate_limited", detail, retryable=True, retry_after_ms=wait_ms)
         item = SendItem(client_id, rule.kind, content, body.loss_time_ms, body.flags, mentions)
         sent = await self._ingress.submit(body.conv, sender, item, service=caller.is_service)
+        if sent is None:
+            trace = f"/v1/messages/{call.client_id}/trace?sender={sender}"
+            return _json(202, shapes.TakenAnswer(call.client_id, body.conv, trace))
         return shapes.SentAnswer(sent.msg_id, sent.seq, sent.ts_ms, call.client_id, body.conv)
 
     async def trace(self, call: Call) -> Answer:
@@ -426,6 +434,11 @@ class Rest:
 # ------------------------------------------------------------------------------------------ pieces of HTTP
 
 
+def _path(request: Request) -> str:
+    """As it was asked for, still percent-encoded."""
+    return request.url.path.decode("latin-1")
+
+
 def _bearer(request: Request) -> str:
     """The token of the one Authorization header; empty if there is none or another scheme."""
     values = request.get_headers(b"authorization")
@@ -491,8 +504,9 @@ ENDPOINTS: Final = (
              refusals=_AUTH),
     Endpoint("GET", "/openapi.json", "openapi", "This document."),
     Endpoint("POST", "/v1/messages", "send",
-             "Send a message. Answered once it is stored for good; repeat a 503 under the same client_id.",
-             token=True, body=shapes.SendBody, answer=shapes.SentAnswer, status=201,
+             "Send a message. Answered once it is stored for good; repeat a 503 under the same client_id. "
+             "202, where processes share a durable bus: it is safe there and will be stored.", token=True,
+             body=shapes.SendBody, answer=shapes.SentAnswer, status=201, taken=shapes.TakenAnswer,
              refusals=("bad_request", "bad_conv", "bad_id", "bad_client_id", "unknown_kind", *_AUTH,
                        "not_member", "unknown_user", "unknown_group", "conflict", "expired", "too_big",
                        "unsupported", *_AWAY)),

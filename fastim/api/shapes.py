@@ -114,6 +114,15 @@ class SentAnswer(Given, frozen=True):
     conv: str
 
 
+class TakenAnswer(Given, frozen=True):
+    """The message is safe and will be stored, or refused: `trace` tells, and so does a repeat under the same
+    client_id."""
+
+    client_id: str
+    conv: str
+    trace: str
+
+
 class GroupAnswer(Given, frozen=True):
     """seq: of the event that made the group."""
 

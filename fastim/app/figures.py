@@ -5,14 +5,15 @@ The parts count in plain integers that only grow; a scrape adds what has grown s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Final, Protocol
 
 from fastim import observe
-from fastim._core.acks import AckTable
+from fastim.app.access import Access
+from fastim.app.dispatching import Dispatching
 from fastim.bus.base import DISPATCH_GROUP, NODE_GROUP, SUBMIT, UNDELIVERED, Bus
-from fastim.dispatch.ledger import Flows
-from fastim.node.service import Node
+from fastim.errors import Unavailable
 
 
 class _Grows(Protocol):
@@ -42,25 +43,31 @@ _DISPATCH: Final[Mapping[str, tuple[_Grows, ...]]] = {
 
 
 class Figures:
-    """Of one process."""
+    """Of one process, as far as it has the parts."""
 
-    def __init__(self, bus: Bus, flows: Flows, node: Node, acks: AckTable) -> None:
+    def __init__(self, bus: Bus, dispatching: Dispatching | None, access: Access | None) -> None:
         self._bus = bus
-        self._flows = flows
-        self._node = node
-        self._acks = acks
+        self._dispatching = dispatching
+        self._access = access
         self._seen: dict[tuple[str, str], int] = {}
 
     async def collect(self) -> None:
         """Bring every metric up to date."""
-        self._take("node", self._node.flows(), _NODE)
-        self._take("dispatch", self._flows.as_dict(), _DISPATCH)
-        observe.SESSIONS.set(self._node.sessions)
-        observe.IN_FLIGHT.set(len(self._acks))
-        topics = {SUBMIT: DISPATCH_GROUP, UNDELIVERED: DISPATCH_GROUP, self._node.inbox: NODE_GROUP}
-        for topic, group in topics.items():
+        if self._access is not None:
+            node = self._access.node
+            self._take("node", node.flows(), _NODE)
+            observe.SESSIONS.set(node.sessions)
+            observe.IN_FLIGHT.set(len(self._access.acks))
             # An inbox is named after its boot: a label must not grow with every start.
-            label = "inbox" if topic == self._node.inbox else topic
+            await self._lag("inbox", node.inbox, NODE_GROUP)
+        if self._dispatching is not None:
+            self._take("dispatch", self._dispatching.dispatch.flows.as_dict(), _DISPATCH)
+            for topic in (SUBMIT, UNDELIVERED):
+                await self._lag(topic, topic, DISPATCH_GROUP)
+
+    async def _lag(self, label: str, topic: str, group: str) -> None:
+        """A bus that is away is seen by what stays as it was."""
+        with contextlib.suppress(Unavailable):
             observe.BUS_LAG.labels(label).set(await self._bus.lag(topic, group))
 
     def _take(self, part: str, counts: Mapping[str, int], named: Mapping[str, tuple[_Grows, ...]]) -> None:

@@ -29,7 +29,7 @@ import uvloop
 
 from fastim import observe
 from fastim.app.compose import App
-from fastim.config import Config
+from fastim.config import Config, Role
 from fastim.errors import FastimError
 
 _log = logging.getLogger("fastim.app")
@@ -48,26 +48,42 @@ FORGET_TICKS: Final = 40
 """Addresses that no longer owe failures are forgotten every so many ticks."""
 
 
-def run(config: Config, announce: Callable[[App], None] = lambda app: None) -> int:
+def run(
+    config: Config,
+    announce: Callable[[App], None] = lambda app: None,
+    role: Role = "serve",
+    *,
+    supervised: bool = False,
+) -> int:
     """Serve until a signal or a fatal error; returns the exit code.
+
+    supervised: the end of standard input, which is the end of the supervisor, is as good as SIGTERM.
 
     announce is called once everything listens. Raises UsageError and Unavailable when it cannot start.
     """
     observe.set_up_logging(config.log.level, as_json=config.log.as_json)
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Process(config, announce).main())
+        return runner.run(Process(config, announce, role, supervised=supervised).main())
 
 
 class Process:
     """One run."""
 
-    def __init__(self, config: Config, announce: Callable[[App], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        announce: Callable[[App], None],
+        role: Role = "serve",
+        *,
+        supervised: bool = False,
+    ) -> None:
         self._announce = announce
+        self._supervised = supervised
         self._ended = asyncio.Event()
         self._reason = ""
         self._failed = False
-        self.app = App(config, on_fatal=self.fatal)
+        self.app = App(config, on_fatal=self.fatal, role=role)
 
     async def main(self) -> int:
         loop = asyncio.get_running_loop()
@@ -75,8 +91,10 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         loop.add_signal_handler(signal.SIGHUP, self.app.reload_certificates)
+        if self._supervised:
+            loop.add_reader(sys.stdin.fileno(), self._on_supervisor)
         await self.app.start()
-        _log.info("started", extra={"node": self.app.config.node.name, "boot": self.app.boot})
+        _log.info("started", extra={"role": self.app.role, "who": self.app.name, "boot": self.app.boot})
         self._announce(self.app)
         # What lives until the end is not worth looking at in every collection.
         gc.collect()
@@ -114,6 +132,11 @@ class Process:
             _leave(f"{number.name} again", 128 + number)
         self._end(f"restart ({number.name})")
 
+    def _on_supervisor(self) -> None:
+        """It never writes: this is the end of the pipe."""
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        self._end("the supervisor is gone")
+
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, OSError) and not {"task", "future"} & context.keys():
@@ -132,7 +155,7 @@ class Process:
             observe.LOOP_LAG.observe(max(0.0, loop.time() - due))
             count += 1
             if count % FORGET_TICKS == 0:
-                self.app.failures.forget()
+                self.app.ground.failures.forget()
 
 
 def _leave(reason: str, code: int) -> None:

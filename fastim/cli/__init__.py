@@ -1,7 +1,8 @@
 """The command line: `fastim serve`, and what a person needs beside it.
 
     serve token send chat          run it, talk to it
-    why audit health               what became of a message, of all of them, of the server
+    node dispatch api              run a part of it, as one process of several
+    why audit health doctor        what became of a message, of all of them, of the server, of its backends
     genconfig checkconfig version
 
 This file only declares; the work is in the other files of the package, imported when it is asked for, so that
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
@@ -41,16 +42,22 @@ Url = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 
+Dev = Annotated[bool, typer.Option("--dev", help="Own keys, own certificate, two users.")]
+Listen = Annotated[str, typer.Option(help="host:port for WebSocket clients.", show_default=False)]
+ApiListen = Annotated[str, typer.Option(help="host:port for REST.", show_default=False)]
+StatusListen = Annotated[
+    str, typer.Option(help="host:port for /health, /ready and /metrics.", show_default=False)
+]
+Plain = Annotated[bool, typer.Option("--plain", help="ws without TLS; with --dev, on loopback.")]
+LogLevel = Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.", show_default=False)]
+Name = Annotated[str, typer.Option(help="Of this process, unlike any other's.", show_default=False)]
+
+
 @app.command()
 def serve(
-    config: Config = None,
-    data: Data = None,
-    dev: Annotated[bool, typer.Option("--dev", help="Own keys, own certificate, two users.")] = False,
-    listen: Annotated[str, typer.Option(help="host:port for WebSocket clients.", show_default=False)] = "",
-    api_listen: Annotated[str, typer.Option(help="host:port for REST.", show_default=False)] = "",
-    plain: Annotated[bool, typer.Option("--plain", help="ws without TLS; with --dev, on loopback.")] = False,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.", show_default=False)] = "",
-) -> None:
+    config: Config = None, data: Data = None, dev: Dev = False, listen: Listen = "",
+    api_listen: ApiListen = "", plain: Plain = False, log_level: LogLevel = "",
+) -> None:  # fmt: skip
     """Run everything in one process."""
     from fastim.cli.serving import run
 
@@ -63,6 +70,67 @@ def serve(
         "log.level": log_level.upper() or None,
     }
     raise typer.Exit(run(flags, config))
+
+
+@app.command()
+def node(
+    config: Config = None, data: Data = None, dev: Dev = False, name: Name = "", listen: Listen = "",
+    workers: Annotated[
+        int | None, typer.Option(help="Nodes on this address, a process each.", show_default=False)
+    ] = None,
+    status_listen: StatusListen = "", plain: Plain = False, log_level: LogLevel = "",
+    worker: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:  # fmt: skip
+    """Run an access node: clients connect to it. Needs Kafka, Redis and PostgreSQL."""
+    from fastim.cli.serving import run_node
+
+    flags = {
+        "dev": dev or None,
+        "data_dir": str(data) if data else None,
+        "node.name": name or None,
+        "node.listen": listen or None,
+        "node.workers": workers,
+        "node.status_listen": status_listen or None,
+        "node.plain": plain or None,
+        "log.level": log_level.upper() or None,
+    }
+    raise typer.Exit(run_node(flags, config, worker))
+
+
+@app.command()
+def dispatch(
+    config: Config = None, data: Data = None, dev: Dev = False, name: Name = "",
+    status_listen: StatusListen = "", log_level: LogLevel = "",
+) -> None:  # fmt: skip
+    """Run a dispatcher: it stores, routes, tries again, pushes. Needs Kafka, Redis and PostgreSQL."""
+    from fastim.cli.serving import run
+
+    flags = {
+        "dev": dev or None,
+        "data_dir": str(data) if data else None,
+        "dispatch.name": name or None,
+        "dispatch.status_listen": status_listen or None,
+        "log.level": log_level.upper() or None,
+    }
+    raise typer.Exit(run(flags, config, "dispatch"))
+
+
+@app.command()
+def api(
+    config: Config = None, data: Data = None, dev: Dev = False, name: Name = "", listen: ApiListen = "",
+    log_level: LogLevel = "",
+) -> None:  # fmt: skip
+    """Run the REST interface. Needs Kafka, Redis and PostgreSQL."""
+    from fastim.cli.serving import run
+
+    flags = {
+        "dev": dev or None,
+        "data_dir": str(data) if data else None,
+        "api.name": name or None,
+        "api.listen": listen or None,
+        "log.level": log_level.upper() or None,
+    }
+    raise typer.Exit(run(flags, config, "api"))
 
 
 @app.command()
@@ -210,11 +278,16 @@ def genconfig(
 
 
 @app.command()
-def checkconfig(file: Annotated[Path, typer.Argument(metavar="FILE", help="The TOML file.")]) -> None:
+def checkconfig(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The TOML file.")],
+    role: Annotated[
+        Literal["serve", "node", "dispatch", "api"], typer.Option("--for", help="Which process it is for.")
+    ] = "serve",
+) -> None:
     """Say what is wrong with a configuration file."""
     from fastim.config import load
 
-    found = load({}, file)
+    found = load({}, file, role)
     mode = "development" if found.dev else "production"
     print(f"{file} is good ({mode}: node on {found.node.listen}, REST on {found.api.listen})")
 

@@ -43,7 +43,7 @@ def call(
 def ask(method: str, url: str, **options: Any) -> Any:
     """The answer. Raises PeerError for a problem."""
     status, answer = call(method, url, **options)
-    if status not in (200, 201):
+    if status not in (200, 201, 202):
         raise problem(status, answer)
     return answer
 
@@ -80,6 +80,8 @@ def send_message(
     answer = ask("POST", f"{rest_url(config, url)}/v1/messages", token=bearer, body=body)
     if as_json:
         print(msgspec.json.encode(answer).decode())
+    elif "msg_id" not in answer:
+        print(f"taken, not stored yet  client_id {answer['client_id']}  trace {answer['trace']}")
     else:
         print(f"msg_id {answer['msg_id']}  seq {answer['seq']}  client_id {answer['client_id']}")
 

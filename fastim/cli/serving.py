@@ -1,43 +1,90 @@
-"""`fastim serve`: flags into a configuration, then the process; and what is printed when it listens."""
+"""`fastim serve`, `node`, `dispatch`, `api`: flags into a configuration, then the process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import fastim
 from fastim.app import App
 from fastim.app import run as run_process
+from fastim.app.supervisor import as_worker, supervise
 from fastim.cli.tokens import mint_token
 from fastim.cli.where import own_name
-from fastim.config import load
+from fastim.config import Role, load, shown
 
 DEV_USERS: Final = ("alice", "bob")
 DEV_TOKEN_S: Final = 7 * 86_400
 
 
-def run(flags: Mapping[str, Any], file: Path | None) -> int:
+def run(flags: Mapping[str, Any], file: Path | None, role: Role = "serve") -> int:
     """flags: dotted names; None where the command line said nothing. Returns the exit code."""
+    config = load(_nested(flags), file, role)
+
+    def announce(app: App) -> None:
+        lines = announcement(app, file) if role == "serve" else [presence_line(app)]
+        print("\n".join(lines), flush=True)
+
+    return run_process(config, announce, role)
+
+
+def run_node(flags: Mapping[str, Any], file: Path | None, worker: int) -> int:
+    """worker 0: the node itself, or the supervisor of several; else the number of one of them."""
+    config = load(_nested(flags), file, "node")
+    if config.node.workers == 1:
+        return run(flags, file, "node")
+    if not worker:
+        return supervise(config, _worker_command)
+
+    def announce(app: App) -> None:
+        print(presence_line(app), flush=True)
+
+    return run_process(as_worker(config, worker), announce, "node", supervised=True)
+
+
+def _worker_command(number: int, address: str) -> Sequence[str]:
+    """This very command again, for one worker."""
+    return [sys.executable, "-m", "fastim", *sys.argv[1:], "--worker", str(number), "--listen", address]
+
+
+def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in flags.items():
         if value is not None:
             table, _, key = name.rpartition(".")
             (nested.setdefault(table, {}) if table else nested)[key] = value
-    config = load(nested, file)
+    return nested
 
-    def announce(app: App) -> None:
-        print("\n".join(announcement(app, file)), flush=True)
 
-    return run_process(config, announce)
+def presence_line(app: App) -> str:
+    """One line of a process of a cluster: who it is, where it listens, what it works on."""
+    config = app.config
+    where = ""
+    if app.role == "node":
+        where = f" listens on {_socket(app)}"
+    elif app.role == "api":
+        where = f" listens on {_rest(app)}"
+    return (
+        f"fastim {app.role} {app.name}, boot {app.boot},{where or ' works'} "
+        f"({shown(config.bus_url)}, {shown(config.presence_url)}, "
+        f"{len(config.store_urls)} PostgreSQL database{'s' if len(config.store_urls) > 1 else ''})"
+    )
+
+
+def _socket(app: App) -> str:
+    scheme = "ws" if app.listener.config.tls is None else "wss"
+    return f"{scheme}://{_address(app.listener.addresses[0])}/v1/ws"
+
+
+def _rest(app: App) -> str:
+    return f"{'https' if app.config.api.tls_cert else 'http'}://{_address(app.http.addresses[0])}"
 
 
 def announcement(app: App, file: Path | None) -> list[str]:
     """Addresses; with --dev also tokens, and what to type next."""
-    socket = (
-        f"{'ws' if app.listener.config.tls is None else 'wss'}://{_address(app.listener.addresses[0])}/v1/ws"
-    )
-    rest = f"{'https' if app.config.api.tls_cert else 'http'}://{_address(app.http.addresses[0])}"
+    socket, rest = _socket(app), _rest(app)
     lines = [
         f"fastim {fastim.__version__}, data in {app.config.data_path}",
         f"  WebSocket  {socket}",

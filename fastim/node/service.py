@@ -26,7 +26,7 @@ from fastim._core.wheel import Wheel
 from fastim.auth import Identity
 from fastim.bus.base import NODE_GROUP, Bus, Reader, inbox_topic
 from fastim.clock import Clock
-from fastim.errors import InternalError, PeerError, PresenceUnavailable, Unavailable
+from fastim.errors import BusUnavailable, InternalError, PeerError, PresenceUnavailable, Unavailable
 from fastim.model import DEFAULT_KINDS, KindRule
 from fastim.node.catchup import Catchup
 from fastim.node.commands import Commands
@@ -300,8 +300,11 @@ class Node:
         """What has come until now meets no connection any more: due rows, and the mark may pass it."""
         deadline_ms = self._clock.mono_ms() + self.limits.stall_ms
         while self._clock.mono_ms() < deadline_ms:
-            if self._bus.committed(self.inbox, NODE_GROUP) >= self._bus.published(self.inbox):
-                return
+            try:
+                if not await self._bus.lag(self.inbox, NODE_GROUP):
+                    return
+            except BusUnavailable:
+                return  # whoever adopts the inbox takes up what is in it
             await asyncio.sleep(0.01)
 
     def revoke(self, token_id: str) -> None:

@@ -118,6 +118,7 @@ async def world(
     balancers: tuple[str, ...] = (),
     rate: tuple[int, int] = (1_000, 1_000),
     dispatching: bool = True,
+    durable: bool = False,
 ) -> AsyncIterator[World]:
     here = World()
     clock = SystemClock()
@@ -133,8 +134,9 @@ async def world(
     else:
         await here.bus.ensure("submit")
     ingress = Ingress(
-        here.bus, BOOT, reply_timeout_ms=reply_timeout_ms, max_waiting=100, on_fatal=here.fatal.append
-    )
+        here.bus, BOOT, durable=durable, reply_timeout_ms=reply_timeout_ms, max_waiting=100,
+        on_fatal=here.fatal.append,
+    )  # fmt: skip
     await ingress.start()
     here.failures = FailureLimit(failures_per_minute, clock)
     rest = Rest(

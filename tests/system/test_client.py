@@ -127,7 +127,7 @@ def texts(found: list[Message]) -> list[str]:
 async def settled(home: Home) -> None:
     """Until no obligation is in flight."""
     async with asyncio.timeout(20):
-        while (await audit(home.app.store, now_ms())).in_flight:  # noqa: ASYNC110
+        while (await audit(home.app.ground.store, now_ms())).in_flight:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -147,7 +147,7 @@ async def test_two_people_talk_and_both_see_the_same_conversation(tmp_path: Path
             assert [message.seq for message in found] == list(range(1, 41))
             assert texts(found) == [f"{word} {n}" for n in range(20) for word in ("ping", "pong")]
         await settled(home)
-        report = await audit(home.app.store, now_ms())
+        report = await audit(home.app.ground.store, now_ms())
         assert (report.states["acked"], report.obligations) == (40, 40)
 
 
@@ -168,7 +168,7 @@ async def test_unread_and_marks_go_round(tmp_path: Path) -> None:
         assert await next_event(alice.events(), ReadMark) == ReadMark(CONV, "bob", 3)
         await until(lambda: [one.state for one in outgoing] == [Delivery.READ] * 3 + [Delivery.SENT] * 2)
         await until(lambda: tablet.conversations()[0].unread == 2)
-        assert (await home.app.store.unread("bob"))[0] == 2
+        assert (await home.app.ground.store.unread("bob"))[0] == 2
         assert alice.conversations()[0].unread == 0
 
 
@@ -193,7 +193,7 @@ async def test_a_group_of_three_and_a_service(tmp_path: Path) -> None:
     async with at_home(tmp_path) as home:
         people = ("alice", "bob", "carol")
         await home.introduce(*people)
-        await home.app.store.create_group("team", "alice", list(people), now_ms())
+        await home.app.ground.store.create_group("team", "alice", list(people), now_ms())
         async with home.client("alice") as alice, home.client("bob") as bob, home.client("carol") as carol:
             await level(alice, bob, carol)
             for n, person in enumerate((alice, bob, carol)):
@@ -476,5 +476,5 @@ async def test_a_burst_far_above_the_window_arrives_in_order_on_two_devices(tmp_
         for device in (one, two):
             assert texts(await messages(device, 2_000)) == [f"{n}" for n in range(2_000)]
         await settled(home)
-        report = await audit(home.app.store, now_ms())
+        report = await audit(home.app.ground.store, now_ms())
         assert (report.states["acked"], report.obligations) == (2_000, 2_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,24 @@ async def test_message_that_is_not_stored_in_time_is_retryable_under_its_key(tmp
                 break
         assert answer.json()["seq"] == 1
         assert len(await here.store.scan(0, 10)) == 1
+
+
+async def test_message_that_a_durable_bus_took_is_answered_with_where_its_trace_is(tmp_path: Path) -> None:
+    async with world(tmp_path, reply_timeout_ms=50, dispatching=False, durable=True) as here:
+        answer = await here.send({"conv": CONV, "sender": "alice", "body": "late"})
+        assert answer.status_code == 202
+        taken = answer.json()
+        assert taken["conv"] == CONV
+        assert (await here.get(taken["trace"], SHOP)).status_code == 404
+        await here.dispatch.start()
+        for _ in range(100):
+            found = await here.get(taken["trace"], SHOP)
+            if found.status_code == 200:
+                break
+            await asyncio.sleep(0.02)
+        assert found.json()["message"]["client_id"] == taken["client_id"]
+        repeated = {"conv": CONV, "sender": "alice", "body": "late", "client_id": taken["client_id"]}
+        assert (await here.send(repeated)).json()["seq"] == 1
 
 
 async def test_people_are_limited_and_services_are_not(tmp_path: Path) -> None:

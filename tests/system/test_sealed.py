@@ -200,7 +200,7 @@ async def test_two_people_talk_and_the_box_between_learns_nothing(tmp_path: Path
         assert box.ops(box.up).count(Op.REKEY) == 2
         assert set(box.ops(box.up)) == {Op.REKEY, Op.SEALED}
         assert set(box.ops(box.down)) == {Op.KEYS, Op.SEALED_DOWN}
-        assert (await audit(home.app.store, now_ms())).states["acked"] == 40
+        assert (await audit(home.app.ground.store, now_ms())).states["acked"] == 40
 
 
 async def test_sealed_and_clear_clients_talk_to_each_other(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ async def test_whoever_touches_frames_ends_connections_and_loses_no_message(tmp_
                 await until(lambda wires=wires: box.wires > wires)  # type: ignore[misc]
                 await outgoing.accepted()
             assert texts(await messages(bob, sent)) == [str(n) for n in range(sent)]
-        assert home.app._hub.counters()["bad_seals"] >= 12
+        assert home.app.access.hub.counters()["bad_seals"] >= 12
 
 
 async def test_whoever_has_keys_made_and_says_nothing_counts_as_a_failure(tmp_path: Path) -> None:

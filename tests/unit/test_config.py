@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fastim.app.compose import seal_keys
+from fastim.app.access import seal_keys
 from fastim.config import Config, ConfigError, Role, load, shown, split_address, template
 from fastim.config.schema import known_keys
 from fastim.model import DEFAULT_KINDS

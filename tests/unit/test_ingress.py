@@ -41,14 +41,15 @@ class World:
 
 @asynccontextmanager
 async def world(
-    *, reply_timeout_ms: int = 5_000, max_waiting: int = 10, bound: int = 0
+    *, reply_timeout_ms: int = 5_000, max_waiting: int = 10, bound: int = 0, durable: bool = False
 ) -> AsyncIterator[World]:
     bus = MemoryBus(bound=bound)
     await bus.ensure(SUBMIT)
     fatal: list[BaseException] = []
     ingress = Ingress(
-        bus, 7, reply_timeout_ms=reply_timeout_ms, max_waiting=max_waiting, on_fatal=fatal.append
-    )
+        bus, 7, durable=durable, reply_timeout_ms=reply_timeout_ms, max_waiting=max_waiting,
+        on_fatal=fatal.append,
+    )  # fmt: skip
     await ingress.start()
     here = World(bus, ingress, bus.reader(SUBMIT, DISPATCH_GROUP, max_unsettled=100))
     here.fatal = fatal
@@ -60,11 +61,11 @@ async def world(
     assert not fatal
 
 
-def ask(here: World, conv: str = "p:a:b") -> asyncio.Task[SentItem]:
+def ask(here: World, conv: str = "p:a:b") -> asyncio.Task[SentItem | None]:
     return asyncio.create_task(here.ingress.submit(conv, "a", ITEM, service=True))
 
 
-async def refused(task: asyncio.Task[SentItem]) -> PeerError:
+async def refused(task: asyncio.Task[SentItem | None]) -> PeerError:
     with pytest.raises(PeerError) as caught:
         await task
     return caught.value
@@ -188,3 +189,26 @@ async def test_inbox_that_ends_by_itself_is_fatal() -> None:
         await asyncio.sleep(0)
     assert len(fatal) == 1
     await ingress.stop()
+
+
+async def test_on_a_durable_bus_a_late_answer_means_taken() -> None:
+    async with world(reply_timeout_ms=20, durable=True) as here:
+        task = ask(here)
+        await here.next_submit()
+        assert await task is None
+        assert here.ingress.waiting == 0
+
+
+async def test_on_a_durable_bus_who_waits_at_the_stop_was_taken() -> None:
+    async with world(durable=True) as here:
+        task = ask(here)
+        await here.next_submit()
+        await here.ingress.stop()
+        assert await task is None
+
+
+async def test_a_durable_bus_that_did_not_take_it_says_so() -> None:
+    async with world(durable=True) as here:
+        await here.bus.delete(SUBMIT)
+        error = await refused(ask(here))
+        assert (error.code, error.retryable) == ("unavailable", True)
