@@ -85,6 +85,7 @@ class Flows:
     """Counters of this process, only ever added to. The app exports them."""
 
     __slots__ = (
+        "adopted",
         "batches",
         "bus_failures",
         "created",
@@ -109,6 +110,7 @@ class Flows:
         "repeated",
         "store_failures",
         "stored",
+        "taken_over",
         "waits",
     )
 
@@ -138,6 +140,10 @@ class Flows:
         self.marks = 0
         self.recovered = 0
         """(user, conv) pairs that a start took up again."""
+        self.adopted = 0
+        """Inboxes of dead nodes that were read to their end and deleted."""
+        self.taken_over = 0
+        """Records read from them."""
         self.push_ok = 0
         self.push_gone = 0
         self.push_retry = 0

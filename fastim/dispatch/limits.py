@@ -59,8 +59,22 @@ class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     push_preview_chars: int = 80
     """0: notifications never show text."""
 
+    publish_window_ms: int = 4_000
+    """From the question where users are to the end of the publish; after it due rows are asked for, too."""
+    adopt_look_ms: int = 500
+    """How often open boots and live leases are compared."""
+    adopt_gap_ms: int = 2_000
+    """A look that comes later than this after the last one does not continue it."""
+    adopt_after_ms: int = 4_000
+    """A lease that was missing so long, at every look, belongs to a node that is dead."""
+    adopt_wait_ms: int = 5_000
+    """An adopted inbox is read for at least so long; above publish_window_ms."""
+    adopt_claim_ms: int = 10_000
+    adopt_unsettled: int = 1_000_000
+    """Records of one adopted inbox that are held unsettled at most."""
+
     stop_ms: int = 10_000
+    """The longest stop() waits for the batch in hand."""
 
     refuse_unknown: bool = True
     """Refuse a client's message to a user nobody has ever seen; False: park it, as for services."""
-    """The longest stop() waits for the batch in hand."""

@@ -214,16 +214,21 @@ class Router:
             self._flows.presence_failures += 1
             return None
 
-    async def deliver(self, plan: Plan) -> set[str]:
+    async def deliver(self, plan: Plan, asked_mono_ms: int) -> set[str]:
         """Publish the plan's Delivers. Returns the topics that took them.
 
-        Users whose inbox took none get a due row in the plan instead.
+        Users whose inbox took none get a due row in the plan instead. asked_mono_ms: before presence was
+        asked; when that is too long ago, an inbox may have been adopted, read to its end and deleted
+        meanwhile, and nobody can say on which side of the end a record came: due rows for all of them.
         """
         topics = {out.topic for out in plan.delivers}
         self._flows.delivers += len(plan.delivers)
+        missed = await self.publish(plan.delivers)
+        topics.difference_update(out.topic for out in missed)
+        if self._clock.mono_ms() - asked_mono_ms > self._limits.publish_window_ms:
+            missed = plan.delivers
         now_ms = self._clock.wall_ms()
-        for out in await self.publish(plan.delivers):
-            topics.discard(out.topic)
+        for out in missed:
             record = decode_inbox(out.value)
             assert isinstance(record, Deliver)
             for user in record.users:

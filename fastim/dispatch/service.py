@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 from fastim.bus.base import DISPATCH_GROUP, SUBMIT, UNDELIVERED, Bus
 from fastim.clock import Clock
+from fastim.dispatch.adoption import Adopter
 from fastim.dispatch.due import DueLoop
 from fastim.dispatch.ledger import Flows
 from fastim.dispatch.limits import DispatchLimits
@@ -61,6 +62,7 @@ class Dispatch:
         self.worker = SubmitWorker(store, router, self.mark, kinds, clock, limits, patience, flows, holder)
         self.due = DueLoop(store, router, clock, rng, limits, patience, flows, holder)
         self.push = PushLoop(store, vendors, kinds, clock, rng, limits, patience, flows, holder)
+        self.adopter = Adopter(store, bus, presence, clock, limits, patience, flows, holder, self.due.wake)
         self._intakes: list[Intake] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: BaseException | None = None
@@ -86,6 +88,9 @@ class Dispatch:
         self._spawn("push", self.push.run())
         if limits.mark_interval_ms:
             self._spawn("mark", self.mark.run())
+        else:
+            # The bus outlives its processes, and so do the inboxes of dead nodes.
+            self._spawn("adoption", self.adopter.run())
 
     async def stop(self) -> None:
         """Finish the batch in hand and end. Start nothing new; safe to call twice."""

@@ -276,6 +276,7 @@ class SubmitWorker:
                 self._flows.stored += len(messages)
             if len(messages) < len(result.items):
                 repeated.append(one)
+        asked_mono_ms = self._clock.mono_ms()
         located = await self._router.locate(users) if batch else {}
         now_ms = self._clock.wall_ms()
         plan = route(batch, located, now_ms, self._router.hold_push_until_ms, self._limits)
@@ -283,7 +284,7 @@ class SubmitWorker:
         self._flows.expired_early += plan.expired
         for one in repeated:
             self._ask_again(plan, one, now_ms)
-        topics = await self._router.deliver(plan)
+        topics = await self._router.deliver(plan, asked_mono_ms)
         await self._make_durable(plan, now_ms)
         if newest:
             self._mark.routed(newest, topics)
