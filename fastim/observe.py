@@ -129,6 +129,11 @@ PUSHES = _counter(
     "pushes", "Vendor pushes by outcome: ok gone retry gave_up expired no_vendor silent", ["outcome"]
 )
 BUS_LAG = _gauge("bus_lag", "Records not yet settled", ["topic"])
+BUS_ALARMS = _counter(
+    "bus_alarms",
+    "Partitions whose reader lost records (gap), or left one unsettled for a tenth of its days (retention)",
+    ["what"],
+)
 
 FLOWS = _counter("flows", "What node and dispatch counted beside the above", ["part", "name"])
 

@@ -1,7 +1,7 @@
 """What every Bus must keep (promises B1-B7 of fastim.bus.base), whatever carries the records.
 
-A backend's test module inherits BusContract and gives `bus()`. Topics are named afresh by every test, so that
-one real broker may serve the whole suite.
+A backend's test module inherits BusContract and gives `bus()`, and `close()` where there is something to
+close. Topics are named afresh by every test, so that one real broker may serve the whole suite.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ _NAMES = itertools.count(1)
 _READ_S = 10.0
 _QUIET_S = 0.05
 """How long a reader that must get nothing is watched; too short can only hide a fault, never invent one."""
+
+
+def fresh_topic(prefix: str = "contract") -> str:
+    """A name that no other test uses, in this process or another."""
+    return f"{prefix}.{os.getpid()}.{next(_NAMES)}"
 
 
 def outgoing(topic: str, *values: str, key: str = "k") -> list[Outgoing]:
@@ -55,13 +60,19 @@ class BusContract:
     def bus(self) -> Bus:
         raise NotImplementedError
 
+    async def close(self, bus: Bus) -> None:
+        """Whatever bus() opened."""
+
     @asynccontextmanager
     async def fresh(self, partitions: int = 1) -> AsyncIterator[tuple[Bus, str]]:
         bus = self.bus()
-        topic = f"contract.{os.getpid()}.{next(_NAMES)}"
-        await bus.ensure(topic, partitions)
-        yield bus, topic
-        await bus.delete(topic)
+        try:
+            topic = fresh_topic()
+            await bus.ensure(topic, partitions)
+            yield bus, topic
+            await bus.delete(topic)
+        finally:
+            await self.close(bus)
 
     # --------------------------------------------------------------------------------- B1, B6: order, groups
 
@@ -329,3 +340,4 @@ class BusContract:
         bus = self.bus()
         assert bus.published("contract.nowhere") == 0
         assert bus.committed("contract.nowhere", "g") == 0
+        await self.close(bus)
