@@ -31,6 +31,7 @@ from fastim.errors import BusUnavailable, PeerError, PresenceUnavailable, StoreU
 from fastim.model import DeviceClass, check_id
 from fastim.node.catchup import Catchup
 from fastim.node.delivery import Delivery
+from fastim.node.fence import Fence
 from fastim.node.limits import NodeLimits
 from fastim.node.link import Link
 from fastim.node.pool import ConnPool
@@ -65,6 +66,7 @@ class Handshake:
         store: MessageStore,
         bus: Bus,
         presence: PresenceStore,
+        fence: Fence,
         verify: Callable[[str], Identity],
         pool: ConnPool,
         catchup: Catchup,
@@ -78,6 +80,7 @@ class Handshake:
         self._store = store
         self._bus = bus
         self._presence = presence
+        self._fence = fence
         self._verify = verify
         self._pool = pool
         self._catchup = catchup
@@ -218,6 +221,7 @@ class Handshake:
 
     async def register(self, session: Session) -> None:
         """Attach in presence; what that replaced elsewhere is told to close. Raises PresenceUnavailable."""
+        self._fence.require_clear()
         attachment, replaced = await self._presence.attach(
             session.user, session.device, session.device_class, self._name, self._boot, session.id
         )

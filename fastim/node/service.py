@@ -1,6 +1,7 @@
 """One access node: its parts, its tasks, its start and its end (seed: access-server).
 
  NEW ──start(): inbox, lease──▶ READY ──go_away()──▶ DRAINING ──sockets closed──▶ stop(): flush ──▶ STOPPED
+                                  ├── adopted ──▶ FENCED: no reader, no sockets; on_fenced(error) ──▶ stop()
                                   └── a task dies ──▶ on_fatal(error): the app drains the process
 
 Hides the tasks: one reader of the inbox, one flusher, one publisher of sends, a few streams, one lease, one
@@ -10,6 +11,8 @@ while they last.
 O1  nothing is accepted before the inbox and the lease exist                tests/system/test_node.py
 O2  a lease that is missing is registered again, and every session synced   same
 O3  a task that dies is fatal, loudly                                       same
+O4  a boot that was adopted closes its sockets and reads nothing any more, whatever its lease says
+                                                                            tests/system/test_fence.py
 """
 
 from __future__ import annotations
@@ -26,11 +29,20 @@ from fastim._core.wheel import Wheel
 from fastim.auth import Identity
 from fastim.bus.base import NODE_GROUP, Bus, Reader, inbox_topic
 from fastim.clock import Clock
-from fastim.errors import BusUnavailable, InternalError, PeerError, PresenceUnavailable, Unavailable
+from fastim.errors import (
+    BusUnavailable,
+    Fenced,
+    InternalError,
+    PeerError,
+    PresenceUnavailable,
+    StoreUnavailable,
+    Unavailable,
+)
 from fastim.model import DEFAULT_KINDS, KindRule
 from fastim.node.catchup import Catchup
 from fastim.node.commands import Commands
 from fastim.node.delivery import Delivery
+from fastim.node.fence import Fence
 from fastim.node.flush import Flusher
 from fastim.node.handshake import Handshake
 from fastim.node.limits import NodeLimits
@@ -160,7 +172,12 @@ _REFUSALS: Mapping[str, int] = {
 
 
 class Node:
-    """The access node of one process. See the module; the parts are public for tests."""
+    """The access node of one process. See the module; the parts are public for tests.
+
+    adoptable  the bus outlives this process: a dispatcher adopts the inbox when it dies
+    on_fenced  called once, on the loop, when that happened while it lives: stop() this Node and start one
+               with a new boot, on the same hub if the process goes on. None: it is fatal
+    """
 
     def __init__(
         self,
@@ -179,7 +196,9 @@ class Node:
         limits: NodeLimits | None = None,
         kinds: Mapping[int, KindRule] = DEFAULT_KINDS,
         seals: SealKeys | None = None,
+        adoptable: bool = False,
         on_fatal: Callable[[BaseException], None],
+        on_fenced: Callable[[Fenced], None] | None = None,
     ) -> None:
         self.name = name
         self.seals = seals
@@ -194,11 +213,13 @@ class Node:
         self._wheel = wheel
         self._clock = clock
         self._on_fatal = on_fatal
+        self._on_fenced = on_fenced or on_fatal
+        self._fence = fence = Fence(store, name, boot, adoptable=adoptable)
         self.pool = pool = ConnPool()
         self.flusher = Flusher(name, store, bus, clock, rng, limits, self._on_gap)
         self.catchup = catchup = Catchup(store, clock, limits, kinds)
         self.handshake = handshake = Handshake(
-            name, boot, store, bus, presence, verify, pool, catchup, clock, rng, limits, self.spawn
+            name, boot, store, bus, presence, fence, verify, pool, catchup, clock, rng, limits, self.spawn
         )
         self.delivery = Delivery(
             pool, acks, self.flusher, catchup, clock, limits, handshake.lose, handshake.kick
@@ -211,6 +232,7 @@ class Node:
         self._short: set[asyncio.Task[None]] = set()
         self._failed = False
         self._draining = False
+        self._fenced = False
         self._leased = False
         self._grace_until_mono_ms = 0
         self._swept_mono_ms = 0
@@ -232,18 +254,28 @@ class Node:
         return self.pool.connections
 
     async def start(self) -> None:
-        """Inbox, lease, tasks; then links are taken. Raises BusUnavailable, PresenceUnavailable."""
+        """Inbox, lease, tasks; then links are taken. Raises Unavailable, and Fenced if that took too long."""
+        await self._fence.begin()
         await self._bus.ensure(self.inbox)
         await self._presence.open_lease(self.name, self.boot, self.limits.lease_ms)
+        try:
+            await self._fence.clear_lease()
+        except Fenced:
+            # We stood still for seconds on the way here. Nobody was attached, so nobody sent here.
+            await self._presence.end_lease(self.name, self.boot)
+            await self._bus.delete(self.inbox)
+            raise
         self._leased = True
         self._reader = self._bus.reader(self.inbox, NODE_GROUP, max_unsettled=self.limits.max_unsettled)
         self.flusher.reader = self._reader
-        self._keep("inbox", self.delivery.run(self._reader))
+        self._keep("inbox", self._read_inbox(self._reader))
         self._keep("flush", self.flusher.run())
         self._keep("sends", self.commands.run())
         for number in range(self.limits.catchup_workers):
             self._keep(f"catchup {number}", self.catchup.run())
         self._keep("lease", self._hold_lease())
+        if self._fence.adoptable:
+            self._keep("fence", self._watch_fence())
         self._keep("sweep", self._sweep())
         self._hub.on_acked = self.delivery.on_acked
         self._hub.on_fatal = self._fatal
@@ -252,7 +284,7 @@ class Node:
     def accept(self, link: Link) -> _Connection:
         """A link that finished its upgrade."""
         if self._draining:
-            link.close(CloseCode.RESTART, "going away")
+            link.close(CloseCode.DRAINING if self._fenced else CloseCode.RESTART, "going away")
         return _Connection(self, link)
 
     def go_away(self, window_ms: int, reason: str = "restart") -> None:
@@ -273,7 +305,7 @@ class Node:
             for task in self._short:
                 task.cancel()
         self._close_all()  # whoever was between AUTH and HELLO
-        if self._reader is not None:
+        if self._reader is not None and not self._fenced:
             # Its loop ends; what is handed out stays ours to settle until the last flush.
             await self._drain_inbox(self._reader)
         tasks, self._tasks = self._tasks, []
@@ -291,10 +323,41 @@ class Node:
             _log.warning("the lease could not be ended; it ends by itself")
 
     def _close_all(self) -> None:
+        code = CloseCode.DRAINING if self._fenced else CloseCode.RESTART
         for session in self.pool:
             if session.link is not None:
-                session.link.close(CloseCode.RESTART, "going away")
+                session.link.close(code, "going away")
                 self.handshake.closed(session, orderly=True)
+
+    def _adopted(self, error: Fenced) -> None:
+        """Somebody else answers for the inbox. What was acknowledged is still flushed: marks move forward."""
+        if self._fenced:
+            return
+        _log.warning("%s", error)
+        self._fenced = self._draining = True
+        self._leased = False
+        observe.EVICTIONS.labels("fenced").inc(self.pool.connections)
+        self._close_all()
+        self.spawn(self._let_go(), "let go")
+        self._on_fenced(error)
+
+    async def _let_go(self) -> None:
+        if self._reader is not None:
+            await self._reader.close()
+        try:
+            await self._presence.end_lease(self.name, self.boot)
+        except PresenceUnavailable:
+            _log.warning("the lease could not be ended; it ends by itself")
+
+    async def _read_inbox(self, reader: Reader) -> None:
+        try:
+            await self.delivery.run(reader)
+        except BusUnavailable as error:
+            if error.temporary:
+                raise
+        if not self._draining:
+            # Nobody but an adopter deletes an inbox.
+            self._adopted(Fenced(f"{self.inbox} is gone; its node takes a new boot"))
 
     async def _drain_inbox(self, reader: Reader) -> None:
         """What has come until now meets no connection any more: due rows, and the mark may pass it."""
@@ -372,24 +435,54 @@ class Node:
             self.handshake.sweep_tokens()
 
     async def _hold_lease(self) -> None:
-        while True:
+        while not self._fenced:
             await asyncio.sleep(self.limits.renew_ms / 1000)
             await self.renew_lease()
 
     async def renew_lease(self) -> None:
-        """Every 2 s. A lease that is missing is registered again, and every session synced; sockets stay."""
+        """Every 2 s. A lease that is missing is registered again, and every session synced; sockets stay.
+
+        Only a fence ends them.
+        """
         lease_ms = self.limits.lease_ms
         try:
             if self._leased and await self._presence.renew(self.name, self.boot, lease_ms):
                 return
             self._leased = False
+            self._fence.lost_lease()
+            await self._fence.ask()
             _log.warning("the presence lease is missing; registering again")
             await self._presence.open_lease(self.name, self.boot, lease_ms)
+            await self._fence.clear_lease()
             for session in self.pool:
                 await self._register_again(session)
             self._leased = True
+        except Fenced as error:
+            self._adopted(error)
         except Unavailable as error:
-            _log.warning("presence did not answer: %s", error.detail)
+            _log.warning("%s did not answer: %s", error.backend, error.detail)
+
+    def look_again(self) -> None:
+        """Records of the inbox were lost before they were read: every session catches up from the store."""
+        _log.warning("records of the inbox were lost; every session is synced")
+        for session in self.pool:
+            if session.link is not None and not session.joining:
+                self.catchup.sync(session, session.level_version)
+
+    async def _watch_fence(self) -> None:
+        """Beside the lease, so that a store that is slow to answer does not end it."""
+        while not self._fenced:
+            await asyncio.sleep(self.limits.renew_ms / 1000)
+            await self.ask_fence()
+
+    async def ask_fence(self) -> None:
+        """Every 2 s, also while the lease lives."""
+        try:
+            await self._fence.ask()
+        except Fenced as error:
+            self._adopted(error)
+        except StoreUnavailable as error:
+            _log.warning("the store did not answer: %s", error.detail)
 
     async def _register_again(self, session: Session) -> None:
         """Also between AUTH and HELLO: it may have been registered under the lease that is gone."""
