@@ -7,9 +7,10 @@ handlers and ten wake-ups a second. A request is bounded in every direction.
         │              └ 400, 408, 431, closed                           └ cut off
         └ more than max_connections: dropped
 
-H1  a head that is too large, too slow or no HTTP is answered and closed       tests/system/test_rest.py
+H1  a head that is too large, too slow or no HTTP is answered and closed       tests/system/test_rest_http.py
 H2  a peer that does not read its answer is cut off                            same
-H3  stop() lets requests in hand finish, and no longer than its deadline       same
+H3  a request that is none keeps the order of answers                          tests/system/test_rest_http.py
+H4  stop() lets requests in hand finish, and no longer than its deadline       same
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from fastim.api.problems import raw_problem
@@ -144,6 +146,10 @@ class _Protocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._discarded_bytes = 0
         self._refused = False
+        self._farewell = b""
+        """What is written behind the answer to the request in hand."""
+        self._running: RequestResponseCycle | None = None
+        """The request that the application has; `cycle` is the one that is read, which may wait behind it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -156,6 +162,9 @@ class _Protocol(HttpToolsProtocol):
         self._disarm()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._running is not None:
+            self._abandon(self._running)
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
@@ -185,6 +194,10 @@ class _Protocol(HttpToolsProtocol):
         self.scope["state"]["abort"] = self.transport.abort
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
         if self.cycle.response_complete:
@@ -200,12 +213,21 @@ class _Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.more_body and not self.transport.is_closing():
+        if self._farewell:
+            self._unset_keepalive_if_required()
+            self._end_with(self._farewell)
+        elif self.cycle.more_body and not self.transport.is_closing():
             self._disarm()
             self._timer = self.loop.call_later(self._owner.request_timeout_s, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         self._answer_raw(400, "bad_request", "this is not an HTTP/1.1 request")
+
+    @staticmethod
+    def _abandon(cycle: RequestResponseCycle) -> None:
+        """Tell the application that nobody reads its answer; what it still writes goes nowhere."""
+        cycle.disconnected = True
+        cycle.message_event.set()
 
     def _await_head(self) -> None:
         self._reading_head = True
@@ -230,12 +252,26 @@ class _Protocol(HttpToolsProtocol):
         self._answer_raw(431, "too_big", detail)
 
     def _answer_raw(self, status: int, code: str, detail: str) -> None:
-        """Answer and end, but read on for a second: see on_body."""
+        """Answer what is no request, behind the answer to the one that the application has, and end."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._disarm()
-        self.transport.write(raw_problem(status, code, detail))
+        self.pipeline.clear()
+        answer = raw_problem(status, code, detail)
+        running = self._running
+        if running is not None and not running.response_complete:
+            if running is not self.cycle or not running.more_body or running.response_started:
+                self._farewell = answer
+                return
+            self._abandon(running)  # what is refused is its own body
+        self._end_with(answer)
+
+    def _end_with(self, answer: bytes) -> None:
+        """Write and end, but read on for a second: see on_body."""
+        if self.transport.is_closing():
+            return
+        self.transport.write(answer)
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self._timer = self.loop.call_later(LINGER_S, self.transport.close)

@@ -6,9 +6,14 @@ to this machine.
 
 from __future__ import annotations
 
+from typing import Final
+
 from blacksheep import Request
 
 from fastim.node.upgrade import Address, Balancers, address_of
+
+_PROXIES: Final = frozenset({b"forwarded", b"via", b"x-real-ip"})
+"""Beside X-Forwarded-*: what proxies add. Via they must (RFC 9110, 7.6.3)."""
 
 
 class _Forwarded:
@@ -40,4 +45,4 @@ def is_local(request: Request) -> bool:
     if address is None or not address.is_loopback:
         return False
     names = [name.lower() for name, _ in request.headers]
-    return not any(name == b"forwarded" or name.startswith(b"x-forwarded") for name in names)
+    return not any(name in _PROXIES or name.startswith(b"x-forwarded") for name in names)

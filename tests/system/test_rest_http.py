@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,41 @@ async def test_keep_alive_does_not_lift_the_limits(tmp_path: Path) -> None:
         assert answer.count(b"200 OK") <= 1
         assert b"431" in answer
         assert b"408" in await here.raw(first + b"GET /health HTT")
+
+
+@pytest.mark.parametrize(
+    ("head", "rest", "statuses"),
+    [
+        ("GET /v1/users/alice/unread", b"\r\nnonsense\r\n\r\n", ["200", "400"]),
+        ("GET /v1/users/alice/unread", b"\r\nGET /health HTTP/1.1\r\nx: " + b"x" * 20_000, ["200", "431"]),
+        ("GET /v1/users/alice/unread", b"connection: close\r\n\r\nnonsense\r\n\r\n", ["200"]),
+        ("GET /v1/users/alice/unread", b"\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 3 + b"x\r\n", ["200", "400"]),
+        ("POST /v1/messages", b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n", ["400"]),
+    ],
+)  # fmt: skip
+async def test_answers_keep_the_order_of_their_requests_when_the_next_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: str, rest: bytes, statuses: list[str]
+) -> None:
+    """Whoever shares a connection among others, as proxies do, must not give one the answer of another."""
+    async with world(tmp_path) as here:
+        raw = await here.raw(f"{head} HTTP/1.1\r\nauthorization: Bearer {ALICE}\r\n".encode() + rest)
+        assert re.findall(r"HTTP/1.1 (\d+) ", raw.decode()) == statuses
+        assert caplog.records == []
+
+
+async def test_a_peer_that_leaves_with_requests_in_hand_fills_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with world(tmp_path) as here:
+        request = f"GET /v1/users/alice/unread HTTP/1.1\r\nauthorization: Bearer {ALICE}\r\n\r\n".encode()
+        for _ in range(20):
+            _, writer = await asyncio.open_connection("127.0.0.1", here.port)
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.write(request * 5)
+            writer.transport.abort()
+        assert (await here.get("/health")).status_code == 200
+        assert caplog.records == []
 
 
 async def test_connections_above_the_limit_are_dropped(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hmac
 import json
 import secrets
 import stat
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,26 @@ def test_token_without_jti_can_be_revoked_by_its_hash() -> None:
     with pytest.raises(PeerError):
         checker.verify(one)
     assert checker.verify(other).user == "bob"
+
+
+@pytest.mark.parametrize("key", [ED, HS], ids=["EdDSA", "HS256"])
+def test_another_spelling_of_a_token_is_another_token(key: SigningKey) -> None:
+    """The last character of its signature has unused bits: a revoked token must not live on in them."""
+    alphabet = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
+    token = signed(good_claims(iss=key.issuer, jti=...), key=key)
+    checker = authenticator()
+    checker.revoke(checker.verify(token).token_id, NOW_S * 1000 + 60_000)
+    unused = 4 if key is ED else 2
+    for bits in range(1, 1 << unused):
+        other = token[:-1] + alphabet[alphabet.index(token[-1]) ^ bits]
+        assert signature_of(other) == signature_of(token)
+        with pytest.raises(PeerError):
+            checker.verify(other)
+    assert checker.failures == {"signature": (1 << unused) - 1}
+
+
+def signature_of(token: str) -> bytes:
+    return base64.urlsafe_b64decode(token.rpartition(".")[2] + "==")
 
 
 def test_rotated_keys_replace_the_old_ones_at_once() -> None:
