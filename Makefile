@@ -12,7 +12,7 @@ LINTED  := setup.py fastim tests $(wildcard bench loadtest deploy)
 CORE_TESTS := tests/unit tests/property
 SOCKET_TESTS := tests/system/test_listener.py tests/system/test_tls.py tests/system/test_road.py
 
-.PHONY: venv serve test lint fmt types pytest debug asan attack autobahn kill shows bench sim clean
+.PHONY: venv serve cluster test lint fmt types pytest debug asan attack autobahn kill shows bench sim clean
 
 venv: .venv/built
 
@@ -29,6 +29,10 @@ venv: .venv/built
 
 serve: venv
 	$(BIN)/fastim serve --dev
+
+# Kafka, Redis, two PostgreSQL databases, four nodes, two dispatchers and an api; until Ctrl-C.
+cluster: venv
+	$(BIN)/python deploy/dev/cluster.py
 
 test: lint types pytest debug asan attack
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from fastim._core.acks import AckTable
 from fastim._core.conn import CoreHub
@@ -12,12 +14,18 @@ from fastim._core.wheel import Wheel
 from fastim.app.ground import Ground, named
 from fastim.auth import Scope
 from fastim.config import Config, split_address
+from fastim.errors import Fenced, Unavailable
 from fastim.node.limits import NodeLimits
 from fastim.node.server import Listener, ListenerConfig, attach_core_metrics
 from fastim.node.service import Node, encode_error
 from fastim.node.tls import dev_certificate
 from fastim.protocol import CloseCode
 from fastim.sealing import SealKeys, SharedKey, StaticKey
+
+_log = logging.getLogger("fastim.app")
+
+RETURN_MOST_S: Final = 2.0
+"""Longest pause between two tries to come back after a fence."""
 
 
 class Access:
@@ -26,29 +34,67 @@ class Access:
     listener: Listener
 
     def __init__(self, ground: Ground, boot: int) -> None:
-        config = ground.config
         self._ground = ground
-        self.boot = boot
         self.dev_cert: Path | None = None
-        authenticator = ground.authenticator
-        self.acks, wheel = AckTable(), Wheel()
+        self._returning: asyncio.Task[None] | None = None
+        self._leaving = False
+        self.acks, self._wheel = AckTable(), Wheel()
         self.hub = CoreHub(
-            asyncio.get_running_loop(), self.acks, wheel, encode_error=encode_error,
-            auth_ms=config.node.auth_timeout_ms,
+            asyncio.get_running_loop(), self.acks, self._wheel, encode_error=encode_error,
+            auth_ms=ground.config.node.auth_timeout_ms,
         )  # fmt: skip
-        self.node = Node(
+        self.node = self._make(boot)
+        ground.authenticator.on_revoked(lambda token_id: self.node.revoke(token_id))
+
+    @property
+    def boot(self) -> int:
+        return self.node.boot
+
+    def _make(self, boot: int) -> Node:
+        ground, config = self._ground, self._ground.config
+        authenticator = ground.authenticator
+        return Node(
             config.node.name, boot, store=ground.store, bus=ground.bus, presence=ground.presence,
-            hub=self.hub, acks=self.acks, wheel=wheel,
+            hub=self.hub, acks=self.acks, wheel=self._wheel,
             verify=lambda token: authenticator.verify(token, need=Scope.CLIENT),
             clock=ground.clock, rng=ground.rng, limits=node_limits(config), kinds=config.kind_rules,
-            seals=seal_keys(config), on_fatal=ground.on_fatal,
+            seals=seal_keys(config), adoptable=not config.embedded, on_fatal=ground.on_fatal,
+            on_fenced=self._on_fenced,
         )  # fmt: skip
-        authenticator.on_revoked(self.node.revoke)
 
     async def start(self) -> None:
         """Inbox and lease."""
-        self._ground.ends.push("node", self.node.stop)
+        self._ground.ends.push("node", self._stop)
         await self.node.start()
+
+    async def _stop(self) -> None:
+        self._leaving = True
+        if self._returning is not None:
+            await asyncio.wait({self._returning})
+        await self.node.stop()
+
+    def _on_fenced(self, error: Fenced) -> None:
+        """This boot was adopted, its sockets are closed: clients find the next boot, or another node."""
+        self._returning = asyncio.create_task(self._come_back(), name="node.return")
+
+    async def _come_back(self) -> None:
+        """The same listener and the same hub under a new boot. Tried until it works: nobody waits for it."""
+        ground, tried = self._ground, 0
+        await self.node.stop()
+        while not self._leaving:
+            try:
+                self.node = self._make(await ground.store.next_boot(ground.config.node.name))
+                await self.node.start()
+            except (Unavailable, Fenced) as error:
+                tried += 1
+                _log.warning("the node cannot come back yet: %s", error)
+                await asyncio.sleep(min(0.1 * 2**tried, RETURN_MOST_S))
+            except Exception as error:
+                ground.on_fatal(error)
+                return
+            else:
+                _log.info("the node is back", extra={"boot": self.node.boot})
+                return
 
     async def listen(self) -> None:
         """Raises UsageError."""

@@ -11,6 +11,7 @@ from fastim.api.http import HttpServer
 from fastim.api.ingress import Ingress
 from fastim.api.rest import Rest, RestLimits, Status
 from fastim.app.ground import Ground, named
+from fastim.bus.base import inbox_topic
 from fastim.config import Config, split_address
 from fastim.errors import Unavailable
 from fastim.node.commands import SendRate
@@ -40,12 +41,14 @@ class Answering:
         )  # fmt: skip
 
     async def start(self) -> None:
-        """The inbox; between processes also a lease, by which dispatchers know that somebody reads it."""
+        """The inbox. Between processes it is told apart from a dead one as a node's is: an open boot in the
+        store, a lease in presence."""
         ground = self._ground
         if not ground.config.embedded:
+            ground.ends.push("api inbox", self._forget_inbox)
+            await ground.store.open_boot(ground.config.api.name, self.boot)
             lease = (ground.config.api.name, self.boot, ground.config.presence.lease_ms)
             await ground.presence.open_lease(*lease)
-            ground.ends.push("api lease", self._end_lease)
             self._leasing = asyncio.create_task(self._hold_lease(*lease), name="api.lease")
         ground.ends.push("ingress", self.ingress.stop)
         await self.ingress.start()
@@ -80,12 +83,17 @@ class Answering:
             except Unavailable as error:
                 _log.warning("presence did not answer: %s", error.detail)
 
-    async def _end_lease(self) -> None:
+    async def _forget_inbox(self) -> None:
+        """Nobody waits for what is still in it. What fails here is left to who adopts dead inboxes."""
+        ground, name = self._ground, self._ground.config.api.name
         if self._leasing is not None:
             self._leasing.cancel()
             await asyncio.gather(self._leasing, return_exceptions=True)
-        with contextlib.suppress(Unavailable):  # it ends by itself
-            await self._ground.presence.end_lease(self._ground.config.api.name, self.boot)
+        with contextlib.suppress(Unavailable):
+            await ground.bus.delete(inbox_topic(name, self.boot))
+            await ground.store.end_boot(name, self.boot)
+        with contextlib.suppress(Unavailable):
+            await ground.presence.end_lease(name, self.boot)
 
 
 def rest_limits(config: Config) -> RestLimits:

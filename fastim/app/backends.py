@@ -5,7 +5,11 @@ What a cluster needs is imported when it is asked for: one process with everythi
 
 from __future__ import annotations
 
-from fastim.app.ground import Ground
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fastim.app.ground import Ends
 from fastim.bus.base import Bus
 from fastim.bus.memory import MemoryBus
 from fastim.clock import Clock
@@ -15,6 +19,9 @@ from fastim.presence.base import PresenceStore
 from fastim.presence.memory import MemoryPresence
 from fastim.store.base import MessageStore
 from fastim.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from fastim.bus.kafka import KafkaSecurity
 
 
 async def open_store(config: Config, *, read_only: bool = False) -> MessageStore:
@@ -28,9 +35,36 @@ async def open_store(config: Config, *, read_only: bool = False) -> MessageStore
     return await PostgresStore.open(config.store_urls, pool_size=config.store.pool_size, read_only=read_only)
 
 
-async def open_bus(ground: Ground, name: str) -> Bus:
-    """name: of this process. Raises UsageError, BusUnavailable."""
-    return MemoryBus(bound=ground.config.bus.bound_records)
+def make_bus(config: Config, instance: str, on_gap: Callable[[str], None], ends: Ends) -> Bus:
+    """Connects with its first use. instance: the same over restarts, and no other process has it.
+
+    on_gap: told of a topic of which records vanished before this process had read them.
+    """
+    if not config.on_servers["bus"]:
+        return MemoryBus(bound=config.bus.bound_records)
+    try:
+        from fastim.bus.kafka import KafkaBus
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from None
+    # Every rebalance in ten lines, and nothing that the reader does not say itself.
+    logging.getLogger("aiokafka").setLevel(logging.WARNING)
+    bus = KafkaBus(
+        config.bus_url, security=kafka_security(config), instance=instance,
+        replication=config.bus.replication, on_gap=lambda gap: on_gap(gap.topic),
+    )  # fmt: skip
+    ends.push("bus", bus.close)
+    return bus
+
+
+def kafka_security(config: Config) -> KafkaSecurity:
+    """How connections to the brokers are secured."""
+    from fastim.bus.kafka import KafkaSecurity
+
+    bus = config.bus
+    return KafkaSecurity(
+        tls=bus.tls, ca_file=bus.tls_ca, cert_file=bus.tls_cert, key_file=bus.tls_key, sasl=bus.sasl,
+        user=bus.user, password=bus.password.get_secret_value(),
+    )  # fmt: skip
 
 
 def make_presence(config: Config, clock: Clock, boot: int) -> PresenceStore:

@@ -26,7 +26,7 @@ from fastim.api.http import HttpServer
 from fastim.api.rest import Status
 from fastim.app.access import Access
 from fastim.app.answering import Answering
-from fastim.app.backends import make_presence, open_bus, open_store
+from fastim.app.backends import make_bus, make_presence, open_store
 from fastim.app.dispatching import Dispatching
 from fastim.app.figures import Figures
 from fastim.app.ground import Ground
@@ -88,7 +88,7 @@ class App:
         ground.store = await open_store(config)
         ground.ends.push("store", ground.store.close)
         boots = await self._boots()
-        ground.bus = await open_bus(ground, self.name)
+        ground.bus = make_bus(config, f"{self.role}.{self.name}", self._on_gap, ground.ends)
         ground.presence = make_presence(config, self.clock, boots.get("node", 0))
         ground.ends.push("presence", ground.presence.close)
         if self._has("dispatch"):
@@ -122,6 +122,11 @@ class App:
             if self._has(part):
                 boots[part] = await self.ground.store.next_boot(name)
         return boots
+
+    def _on_gap(self, topic: str) -> None:
+        """What the bus lost of a node's inbox, the store has: every session looks (docs/adr/0100)."""
+        if self.access is not None and topic == self.access.node.inbox:
+            self.access.node.look_again()
 
     async def _show_status(self) -> None:
         """/health, /ready and /metrics of a process without REST."""

@@ -302,6 +302,23 @@ def health(url: Url = "", config: Config = None, data: Data = None, as_json: AsJ
 
 
 @app.command()
+def doctor(
+    config: Config = None, data: Data = None, dev: Dev = False,
+    role: Annotated[
+        Literal["serve", "node", "dispatch", "api"], typer.Option("--for", help="Which process it is for.")
+    ] = "serve",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Look at what a process needs: this machine, Kafka, Redis, PostgreSQL. Exit 1 if one is bad."""
+    from fastim.cli.doctor import run_doctor
+
+    flags: dict[str, Any] = {"dev": True} if dev else {}
+    if data is not None:
+        flags["data_dir"] = str(data)
+    raise typer.Exit(run_doctor(flags, config, role, as_json=as_json))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     import fastim

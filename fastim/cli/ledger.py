@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fastim.api import shapes
+from fastim.app.backends import open_store
 from fastim.cli.remote import ask
 from fastim.cli.tokens import token_for
 from fastim.cli.where import rest_url
-from fastim.config import Config
+from fastim.config import Config, shown
 from fastim.dispatch.ledger import AuditReport, audit
 from fastim.errors import PeerError, UsageError
 from fastim.model import check_id, client_id_text
 from fastim.store.base import MessageStore
-from fastim.store.sqlite import SqliteStore
 
 T = TypeVar("T")
 _PAGE = 1_000
@@ -37,12 +37,11 @@ def wall_ms() -> int:
 
 def reading(config: Config, work: Callable[[MessageStore], Awaitable[T]]) -> T:
     """Run `work` on the store, opened for reading only."""
-    directory = config.store_path
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is no data directory; name it with --data")
+    if not config.on_servers["store"] and not config.store_path.is_dir():
+        raise UsageError(f"{config.store_path} is no data directory; name it with --data")
 
     async def opened() -> T:
-        store = await SqliteStore.open(directory, read_only=True)
+        store = await open_store(config, read_only=True)
         try:
             return await work(store)
         finally:
@@ -160,7 +159,8 @@ async def _trace(store: MessageStore, config: Config, text: str, user: str) -> s
         raise UsageError(error.detail) from None
     trace = await store.trace(found.msg_id, wall_ms()) if found is not None else None
     if trace is None:
-        raise PeerError("not_found", f"the store in {config.store_path} has no message {text[:80]!r}")
+        where = ", ".join(map(shown, config.store_urls)) if config.on_servers["store"] else config.store_path
+        raise PeerError("not_found", f"the store in {where} has no message {text[:80]!r}")
     return shapes.show_trace(trace, config.kind_rules, user)
 
 
