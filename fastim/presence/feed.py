@@ -39,6 +39,10 @@ class _Trouble(Exception):
     """The session cannot go on."""
 
 
+_TROUBLES: Final = (_Trouble, PresenceUnavailable, RedisError, OSError, RuntimeError)
+"""RuntimeError is uvloop's word for a transport that was closed under us."""
+
+
 class Feed:
     """The changes of everything that anybody in this process watches."""
 
@@ -118,20 +122,22 @@ class Feed:
 
     async def _run(self) -> None:
         pause_s = _AGAIN_S
-        while True:
+        while not self._closed:  # a task group that fails while it is cancelled forgets the cancellation
             try:
                 await self._session()
-            except* (_Trouble, PresenceUnavailable, RedisError, OSError) as troubles:
+            except* Exception as troubles:
                 why = str(troubles.exceptions[0])
-                if why != self._why:
-                    _log.warning("presence changes are not heard: %s", why)
-                pause_s = _AGAIN_S if self._heard else min(2 * pause_s, _AGAIN_MOST_S)
+                unknown = troubles.split(_TROUBLES)[1]
+                if why != self._why or unknown:
+                    _log.warning("presence changes are not heard: %s", why, exc_info=unknown)
+                pause_s = _AGAIN_S if self._live else min(2 * pause_s, _AGAIN_MOST_S)
                 self._why = why
             finally:
                 await self._end_session()
             self._gap = True
             self._shards.doubt()
-            await asyncio.sleep(pause_s)
+            if not self._closed:
+                await asyncio.sleep(pause_s)
 
     async def _session(self) -> None:
         """Runs until there is trouble."""

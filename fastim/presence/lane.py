@@ -16,6 +16,7 @@ I3  every request ends: with its replies or PresenceUnavailable      same
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -25,6 +26,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from fastim.errors import PresenceUnavailable
 
+_log: Final = logging.getLogger(__name__)
 _MOST_COMMANDS: Final = 2_000
 """In one batch: what waits behind it is not late for long."""
 
@@ -51,6 +53,8 @@ class Lane:
         self._closed = False
         self.round_trips = 0
         self.commands = 0
+        self.abandoned = 0
+        """Requests whose replies came after their caller had gone."""
 
     def ask(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
         """The replies to `count` packed commands, in order; an error reply is a ResponseError among them.
@@ -101,11 +105,14 @@ class Lane:
                 await self._exchange(batch)
         except TimeoutError:
             await self._lost(batch, f"no answer within {self._deadline_s * 1000:,.0f} ms")
-        except (RedisError, OSError) as error:
-            await self._lost(batch, str(error) or type(error).__name__)
-        except BaseException:
+        except asyncio.CancelledError:
             await self._lost(batch, "closed")
             raise
+        except Exception as error:
+            # RuntimeError is uvloop's word for a transport that was closed under us.
+            if not isinstance(error, RedisError | OSError | RuntimeError):
+                _log.exception("%s: a reply that cannot be read", self.name)
+            await self._lost(batch, str(error) or type(error).__name__)
 
     async def _exchange(self, batch: Sequence[_Request]) -> None:
         connection = self._connection
@@ -124,7 +131,9 @@ class Lane:
                     replies.append(await connection.read_response(disable_decoding=True))
                 except ResponseError as error:
                     replies.append(error)
-            if not request.answer.done():
+            if request.answer.done():
+                self.abandoned += 1
+            else:
                 request.answer.set_result(replies)
 
     async def _lost(self, batch: Sequence[_Request], why: str) -> None:

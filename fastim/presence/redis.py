@@ -199,8 +199,8 @@ class RedisPresence:
         if raw != self._leases_raw:
             leases: Leases = {}
             for node, lease in zip(raw[::2], raw[1::2], strict=True):
-                boot, _, opened = lease.partition(b"|")
-                leases[node.decode()] = int(boot), int(opened)
+                boot, opened = _numbers(lease, 2)
+                leases[node.decode()] = boot, opened
             self._leases_raw, self._leases = raw, leases
         return self._leases
 
@@ -310,7 +310,7 @@ class RedisPresence:
         for room, fields in zip(asked, entries, strict=True):
             places = []
             for name, entry in zip(fields[::2], fields[1::2], strict=True):
-                opened, _, boot, members = map(int, entry.split(b"|"))
+                opened, _, boot, members = _numbers(entry, 4)
                 node = name.decode()
                 if leases.get(node) == (boot, opened):
                     places.append(RoomNode(node, boot, members))
@@ -327,9 +327,9 @@ class RedisPresence:
         await self._feed.close()
         await self._shards.close()
 
-    def counts(self) -> tuple[int, int]:
-        """(round trips, commands) so far."""
-        return self._shards.counts()
+    def flows(self) -> dict[str, int]:
+        """Counters of this process; they only grow."""
+        return self._shards.flows()
 
     async def _state(self) -> set[tuple[object, ...]]:
         """Whatever, once gone from here, means that entries may have vanished without a word."""
@@ -360,9 +360,24 @@ class _RedisWatcher(Box):
         await self._feed.follow(subjects)
 
 
+def _numbers(entry: bytes, count: int) -> list[int]:
+    try:
+        numbers = [int(word) for word in entry.split(b"|")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise PresenceUnavailable(f"Redis holds {entry[:80]!r} where {count} numbers should be")
+    return numbers
+
+
 def _attachment(user: str, device: str, entry: bytes) -> Attachment:
-    generation, boot, since_ms, device_class, node, session = entry.decode().split("|", 5)
-    return Attachment(user, device, device_class, node, int(boot), session, int(generation), int(since_ms))
+    try:
+        generation, boot, since_ms, device_class, node, session = entry.decode().split("|", 5)
+        return Attachment(
+            user, device, device_class, node, int(boot), session, int(generation), int(since_ms)
+        )
+    except ValueError:
+        raise PresenceUnavailable(f"Redis holds {entry[:80]!r} where an attachment should be") from None
 
 
 def _counts(attachment: Attachment, leases: Leases) -> bool:
@@ -378,6 +393,7 @@ def _location(user: str, fields: list[bytes], leases: Leases, wall_ms: int) -> L
             attachment = _attachment(user, device.decode(), entry)
             if _counts(attachment, leases):
                 attachments.append(attachment)
-        elif int(entry) > wall_ms:
-            grace_until_ms = int(entry)
+        else:
+            (until_ms,) = _numbers(entry, 1)
+            grace_until_ms = until_ms if until_ms > wall_ms else 0
     return Location(tuple(attachments), grace_until_ms)

@@ -174,10 +174,10 @@ class Shards:
     def connection(self, address: Address) -> Connection:
         return self.target.connection(address, self._deadline_s)
 
-    def counts(self) -> tuple[int, int]:
-        """(round trips, commands) so far."""
-        lanes = self._lanes.values()
-        return sum(lane.round_trips for lane in lanes), sum(lane.commands for lane in lanes)
+    def flows(self) -> dict[str, int]:
+        """Counters; they only grow."""
+        names = ("round_trips", "commands", "abandoned")
+        return {name: sum(getattr(lane, name) for lane in self._lanes.values()) for name in names}
 
     async def close(self) -> None:
         self._closed = True
@@ -261,7 +261,7 @@ class Shards:
         except TimeoutError:
             self._doubtful = True
             limit_ms = self._deadline_s * 1000
-            raise PresenceUnavailable(f"no answer within {limit_ms:,.0f} ms (presence.deadline_ms)") from None
+            raise PresenceUnavailable(f"no answer within {limit_ms:,.0f} ms") from None
 
     def _lane(self, address: Address) -> Lane:
         lane = self._lanes.get(address)

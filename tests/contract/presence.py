@@ -211,6 +211,22 @@ class PresenceContract:
             assert await presence.detach(user, "phone", phone.generation, self.wall_ms() + self.grace_ms)
             assert await sessions(presence, user) == {"s2"}
 
+    async def test_racing_attaches_of_a_device_replace_each_other_in_a_chain(self) -> None:
+        async with self.both() as (presence, there):
+            user, n1, n2 = fresh("u"), fresh("n"), fresh("n")
+            await presence.open_lease(n1, 1, 10 * self.ttl_ms)
+            await there.open_lease(n2, 1, 10 * self.ttl_ms)
+            attached = await asyncio.gather(
+                *(presence.attach(user, "phone", "app", n1, 1, f"here{n}") for n in range(10)),
+                *(there.attach(user, "phone", "app", n2, 1, f"there{n}") for n in range(10)),
+            )
+            generations = sorted(new.generation for new, _ in attached)
+            assert len(set(generations)) == 20
+            replaced = sorted(old.generation for _, olds in attached for old in olds)
+            assert replaced == generations[:-1]
+            assert all(old.generation < new.generation for new, olds in attached for old in olds)
+            assert [a.generation for a in (await locate(there, user)).attachments] == generations[-1:]
+
     # ----------------------------------------------------------------------------------------- P3: leases
 
     async def test_without_renew_all_entries_of_a_node_vanish_together(self) -> None:

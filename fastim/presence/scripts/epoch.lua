@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- What changes when this server may have lost something: its key when it was flushed, its run_id when it was
 -- restarted or a replica was promoted.
 --

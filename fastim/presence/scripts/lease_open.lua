@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- Open a node's lease, or go on with it if it lives. A new one begins above every generation so far, so nothing
 -- that an earlier lease of the node carried is ever valid again.
 --

@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- Lengthen a lease that lives.
 --
 -- KEYS  1 the leases
