@@ -129,7 +129,11 @@ class Kafka(Kind):
         fetch_jars(self._jars())
         directory = self.members[number].directory
         properties = directory / "server.properties"
-        properties.write_text("".join(f"{k}={v}\n" for k, v in self.settings(number).items()))
+        lines = "".join(f"{k}={v}\n" for k, v in self.settings(number).items())
+        extra = self.directory / f"{self.name}.properties"
+        if extra.exists():
+            lines += extra.read_text()  # a later line wins
+        properties.write_text(lines)
         if (directory / "data" / "meta.properties").exists():
             return
         # Every member of a cluster is formatted with the same id; it has no meaning beyond that.
@@ -485,7 +489,7 @@ def _works_in(directory: Path, pid: str) -> bool:
 
 def _check_free(port: int, name: str) -> None:
     """A server that was just killed may leave its port to the kernel for a moment."""
-    deadline = time.monotonic() + 3.0
+    deadline = time.monotonic() + 1.0
     while True:
         try:
             with socket.socket() as probe:

@@ -10,8 +10,8 @@
 NAME is a kind (kafka, kafka3, postgres, redis, valkey) or one of its members: kafka3.2 is the second broker,
 valkey.1 the first node. `all` is one of each, without kafka3. --dir DIR: where data, logs and pids are
 (default .dev in the checkout); every directory is a world of its own. --port BASE: the first of its 26 ports
-(default 27100; 0: any that are free), remembered in DIR. Exit code 1: it did not work; 3: a program is not
-installed.
+(default 27100; 0: any that are free), remembered in DIR. DIR/kafka.properties adds to the brokers' settings.
+Exit code 1: it did not work; 3: a program is not installed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Keys go to partitions by the CRC-32 of their UTF-8 bytes, as in the memory bus: stable for ever, whatever a
 Kafka library thinks of. Values are encoded here and handed out as bytes. A topic whose name begins with
 "inbox." has one partition and one reader at a time; it is assigned without the group (no rebalance when a
-node comes or goes) and fenced by boot numbers, not by Kafka.
+node comes or goes) and fenced by boot numbers, not by Kafka. The port's group is Kafka's "<group>.<topic>":
+otherwise a reader that joins at one topic would make the readers of all others share anew.
 
 Every wait has a bound: publish() publish_timeout_s; ensure(), delete() and lag() the same; reader.close() 2 x
 stop_s; close() that and one request timeout. read() waits for as long as brokers are away.
@@ -55,6 +56,8 @@ class KafkaBus:
         commit_interval_s: float = 0.2,
         handover_s: float = 1.0,
         stop_s: float = 3.0,
+        sure_s: float = 2.0,
+        look_s: float = 5.0,
         batch_bytes: int = 256 * 1024,
         max_pending_bytes: int = 64 * 1024 * 1024,
     ) -> None:
@@ -74,6 +77,8 @@ class KafkaBus:
             commit_interval_s=commit_interval_s,
             handover_s=handover_s,
             stop_s=stop_s,
+            sure_s=sure_s,
+            look_s=look_s,
         )
         self.clerk = Clerk(self._options, publish_timeout_s)
         self.writer = Writer(
@@ -150,7 +155,7 @@ class KafkaBus:
         if count is None:
             return 0
         ends = await self.clerk.ends(topic, range(count))
-        committed = await self.clerk.committed(topic, group, range(count))
+        committed = await self.clerk.committed(topic, f"{group}.{topic}", range(count))
         for number, offset in self._local(topic, group).items():
             committed[number] = max(offset, committed.get(number, 0))
         self._committed[topic, group] = committed.get(0, 0)

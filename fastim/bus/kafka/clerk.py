@@ -37,6 +37,7 @@ T = TypeVar("T")
 FAILURES: Final = (KafkaError, OSError, TimeoutError)
 """What aiokafka raises while brokers go away."""
 _AGAIN_S: Final = 0.1
+_CALM_S: Final = 0.05
 _SETTLED_S: Final = 1.0
 """A topic that one broker does not know may be so new that the others have not told it."""
 
@@ -134,9 +135,15 @@ class Clerk:
         await self._ask(f"deleting {topic}", delete)
 
     async def retention_ms(self, topic: str) -> int:
-        """How long records are kept; 0: for ever."""
-        found = await self._config(ConfigResourceType.TOPIC, topic, "retention.ms")
-        return max(0, int(found))
+        """How long records are kept; 0: for ever, or there is no such topic."""
+
+        async def ask() -> int:
+            try:
+                return int(await self._read_config(ConfigResourceType.TOPIC, topic, "retention.ms"))
+            except UnknownTopicOrPartitionError:
+                return 0
+
+        return max(0, await self._ask(f"the settings of {topic}", ask))
 
     async def ends(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
         """By partition: the first offset that is still there, and the one the next record gets."""
@@ -181,10 +188,12 @@ class Clerk:
         async with self._opening:
             if self._admin is None:
                 admin = AIOKafkaAdminClient(**self._options)
+                calm(admin._client)
                 await _start(admin.start, admin.close)
                 self._admin = admin
             if self._consumer is None:
                 consumer = AIOKafkaConsumer(**self._options)
+                calm(consumer._client)
                 await _start(consumer.start, consumer.stop)
                 self._consumer = consumer
 
@@ -207,9 +216,6 @@ class Clerk:
             await self._read_config(ConfigResourceType.BROKER, str(node), "default.replication.factor")
         )
 
-    async def _config(self, kind: Any, name: str, key: str) -> str:
-        return await self._ask(f"the settings of {name}", lambda: self._read_config(kind, name, key))
-
     async def _read_config(self, kind: Any, name: str, key: str) -> str:
         answers = await self._admin.describe_configs([ConfigResource(kind, name, {key: None})])
         for answer in answers:
@@ -220,6 +226,24 @@ class Clerk:
                     if entry[0] == key:
                         return str(entry[1])
         raise TimeoutError(f"{name} has no {key}")
+
+
+def calm(client: Any) -> None:
+    """Let an aiokafka client ask for metadata once in _CALM_S at most.
+
+    Without it a client spins, at 5,000 requests a second, for as long as a topic it uses has no leader or was
+    deleted: its sender and its fetcher ask again as soon as they are answered.
+    """
+    update = client._metadata_update
+    asked_at = -_CALM_S
+
+    async def update_calmly(cluster: Any, topics: Any) -> Any:
+        nonlocal asked_at
+        await asyncio.sleep(max(0.0, asked_at + _CALM_S - time.monotonic()))
+        asked_at = time.monotonic()
+        return await update(cluster, topics)
+
+    client._metadata_update = update_calmly
 
 
 def _is_passing(error: BaseException) -> bool:

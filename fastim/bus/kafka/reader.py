@@ -46,18 +46,16 @@ from aiokafka.errors import (  # type: ignore[import-untyped]
 
 from fastim import observe
 from fastim.bus.base import Record
-from fastim.bus.kafka.clerk import FAILURES, Clerk
+from fastim.bus.kafka.clerk import FAILURES, Clerk, calm
 from fastim.bus.window import SettleWindow
 from fastim.errors import BusUnavailable, UsageError
 
 _log = logging.getLogger(__name__)
 
 _POLL_MS: Final = 1000
+_ANSWER_S: Final = 1.0
+"""An answer that took longer is too old to act upon."""
 _AGAIN_S: Final = 0.2
-_SURE_S: Final = 2.0
-"""An `alone` reader that has not committed for so long looks first whether it still is alone."""
-_LOOK_S: Final = 5.0
-"""How often the topic's existence and the distance to retention are looked at."""
 _ALARM_SHARE: Final = 0.1
 """Of the retention: an older unsettled record is an alarm."""
 
@@ -87,7 +85,11 @@ class ReaderLimits(msgspec.Struct, frozen=True, kw_only=True):
     handover_s: float
     """How long a rebalance waits for what is out at this reader to be settled."""
     stop_s: float
-    """How long close() tries to commit and to leave the group."""
+    """How long a commit is tried before its next turn; in close(), for good; and leaving the group."""
+    sure_s: float
+    """An `alone` reader that has not committed for so long looks first whether it still is alone."""
+    look_s: float
+    """How often the topic's existence and the distance to retention are looked at."""
 
 
 class _Share:
@@ -131,6 +133,7 @@ class KafkaReader:
     ) -> None:
         self.topic = topic
         self.group = group
+        self._kafka_group = f"{group}.{topic}"
         self._max_unsettled = max_unsettled
         self._options = options
         self._limits = limits
@@ -292,7 +295,7 @@ class KafkaReader:
         consumer = self._consumer
         try:
             ends = await self._clerk.ends(self.topic, wanted)
-            committed = await self._clerk.committed(self.topic, self.group, wanted)
+            committed = await self._clerk.committed(self.topic, self._kafka_group, wanted)
         except BusUnavailable:
             return
         if consumer is not self._consumer:
@@ -376,7 +379,7 @@ class KafkaReader:
         session_ms = int(limits.session_timeout_s * 1000)
         consumer = AIOKafkaConsumer(
             **self._options,
-            group_id=self.group,
+            group_id=self._kafka_group,
             group_instance_id=self._instance,
             auto_offset_reset="none",
             enable_auto_commit=False,
@@ -389,6 +392,7 @@ class KafkaReader:
             fetch_max_wait_ms=500,
             retry_backoff_ms=50,
         )
+        calm(consumer._client)
         if self._alone:
             consumer.assign([TopicPartition(self.topic, 0)])
         else:
@@ -406,20 +410,23 @@ class KafkaReader:
 
     async def _tend(self) -> None:
         """Commit, and look after what nobody waits for, until the consumer fails or the reader ends."""
-        look_at = time.monotonic() + _LOOK_S
+        consumer = self._consumer
+        look_at = time.monotonic() + self._limits.look_s
         while not self._broken.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._limits.commit_interval_s):
                     await self._broken.wait()
+            # Metadata of a consumer that fetches in vain is fresh.
+            gone = consumer.partitions_for_topic(self.topic) is None
+            if gone or time.monotonic() >= look_at:
+                look_at = time.monotonic() + self._limits.look_s
+                await self._look()
             if not self._broken.is_set():
                 await self._commit_soon()
-            if time.monotonic() >= look_at:
-                look_at = time.monotonic() + _LOOK_S
-                await self._look()
 
     async def _commit_soon(self) -> None:
         try:
-            async with asyncio.timeout(self._limits.session_timeout_s):
+            async with asyncio.timeout(self._limits.stop_s):
                 await self._commit()
         except CommitFailedError:
             pass  # the group shares anew: whoever gets the partitions reads from the last commit
@@ -443,14 +450,17 @@ class KafkaReader:
 
     async def _is_alone(self, share: _Share) -> bool:
         """Whether nobody else has committed this inbox since we did (R3)."""
-        while time.monotonic() - self._sure_at > _SURE_S:
+        if time.monotonic() - self._sure_at < self._limits.sure_s:
+            return True
+        while True:
             began = time.monotonic()
-            found = await self._clerk.committed(self.topic, self.group, [share.partition])
+            found = await self._clerk.committed(self.topic, self._kafka_group, [share.partition])
             if found.get(share.partition, -1) > share.stored:
                 self._fail(f"another reader has taken over {self.topic}")
                 return False
-            self._sure_at = began
-        return True
+            if time.monotonic() - began < _ANSWER_S:
+                self._sure_at = began
+                return True  # else the process may have been stopped while the answer was on its way
 
     async def _look(self) -> None:
         """Is the topic still there, and does the oldest unsettled record come near the end of its days?"""

@@ -35,7 +35,7 @@ from aiokafka.errors import (  # type: ignore[import-untyped]
 )
 from aiokafka.producer.message_accumulator import BatchBuilder  # type: ignore[import-untyped]
 
-from fastim.bus.kafka.clerk import FAILURES
+from fastim.bus.kafka.clerk import FAILURES, calm
 from fastim.errors import BusUnavailable
 
 _AGAIN_S: Final = 0.2
@@ -132,6 +132,7 @@ class Lane:
                 await asyncio.wait((future, producer.given_up), timeout=_LOOK_S,
                                    return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
                 if not future.done() and (lost := await self._why_wait(producer)) is not None:
+                    producer.on_the_way.discard(future)
                     return lost
             told = future.result()
         except (*FAILURES, AssertionError) as error:
@@ -300,6 +301,7 @@ class Writer:
             while True:
                 raw = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True, linger_ms=0,
                                        max_batch_size=self.batch_bytes, retry_backoff_ms=50)  # fmt: skip
+                calm(raw.client)
                 try:
                     await raw.start()
                 except FAILURES:
