@@ -83,6 +83,10 @@ class Phone:
     def start(self) -> None:
         """Connect and stay connected. Returns once HELLO came; raises ConnectionError."""
         self._greenlets = [gevent.spawn(self._live_on), gevent.spawn(self._keep_time)]
+        for greenlet in self._greenlets:
+            greenlet.link_exception(
+                lambda dead: self._on_trouble(f"{type(dead.exception).__name__} ended the phone")
+            )
         deadline = time.monotonic() + HELLO_PATIENCE_S
         while not self.live:
             if time.monotonic() > deadline:
@@ -137,7 +141,13 @@ class Phone:
         try:
             link.send_binary(p.encode(self._device.auth(self._token, "d0", "app", "loadtest")))
             while True:
-                packet = link.recv()
+                try:
+                    packet = link.recv()
+                except ValueError:
+                    # ssl's word for a socket that cut() closed under its reader.
+                    if link.sock is not None:
+                        raise
+                    return
                 if not isinstance(packet, bytes) or not packet:
                     return
                 self._arrived(packet)
