@@ -20,12 +20,11 @@ from collections.abc import Callable
 from typing import Final
 
 from fastim import observe
-from fastim.bus.base import SUBMIT, Bus, Outgoing, Reader, Record, inbox_topic
+from fastim.bus.base import NODE_GROUP, SUBMIT, Bus, Outgoing, Reader, Record, inbox_topic
 from fastim.bus.records import MALFORMED, Reply, Submit, decode_inbox
 from fastim.errors import BusUnavailable, InternalError, PeerError
 from fastim.protocol import SendItem, SentItem
 
-API_GROUP: Final = "api"
 RETRY_AFTER_MS: Final = 1_000
 _BATCH: Final = 256
 
@@ -69,7 +68,7 @@ class Ingress:
 
     async def start(self) -> None:
         await self._bus.ensure(self._topic)
-        self._reader = self._bus.reader(self._topic, API_GROUP, max_unsettled=4 * _BATCH)
+        self._reader = self._bus.reader(self._topic, NODE_GROUP, max_unsettled=4 * _BATCH)
         self._task = asyncio.create_task(self._read(self._reader), name="api.inbox")
 
     async def submit(self, conv: str, sender: str, item: SendItem, *, service: bool) -> SentItem | None:

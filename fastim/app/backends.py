@@ -47,7 +47,7 @@ def make_bus(config: Config, instance: str, on_gap: Callable[[str], None], ends:
     except ModuleNotFoundError as error:
         raise _not_installed(error) from None
     # Every rebalance in ten lines, and nothing that the reader does not say itself.
-    logging.getLogger("aiokafka").setLevel(logging.WARNING)
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)
     bus = KafkaBus(
         config.bus_url, security=kafka_security(config), instance=instance,
         replication=config.bus.replication, on_gap=lambda gap: on_gap(gap.topic),

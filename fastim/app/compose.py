@@ -17,6 +17,8 @@ A2  after stop() everything acknowledged is settled     same
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
@@ -27,7 +29,7 @@ from fastim.api.rest import Status
 from fastim.app.access import Access
 from fastim.app.answering import Answering
 from fastim.app.backends import make_bus, make_presence, open_store
-from fastim.app.dispatching import Dispatching
+from fastim.app.dispatching import Dispatching, dispatch_limits
 from fastim.app.figures import Figures
 from fastim.app.ground import Ground
 from fastim.app.statuspage import StatusPage
@@ -35,8 +37,12 @@ from fastim.auth import SigningKey
 from fastim.clock import Clock, SystemClock
 from fastim.config import Config, Role, split_address
 from fastim.dispatch.service import Dispatch
+from fastim.dispatch.settled import ask_due_above
+from fastim.errors import StoreUnavailable
 from fastim.node.server import Listener
 from fastim.node.service import Node
+
+_log = logging.getLogger("fastim.app")
 
 _STATUS_CONNECTIONS: Final = 64
 _STATUS_MS: Final = 5_000
@@ -68,6 +74,7 @@ class App:
         self.dispatching: Dispatching | None = None
         self.answering: Answering | None = None
         self._figures: Figures | None = None
+        self._rebuilding: set[asyncio.Task[None]] = set()
         self._on_fatal = on_fatal
 
     # ---------------------------------------------------------------------------------------------- start
@@ -124,9 +131,33 @@ class App:
         return boots
 
     def _on_gap(self, topic: str) -> None:
-        """What the bus lost of a node's inbox, the store has: every session looks (docs/adr/0100)."""
-        if self.access is not None and topic == self.access.node.inbox:
-            self.access.node.look_again()
+        """What the bus lost of a node's inbox the store has: sessions look, and who has none gets due rows.
+
+        Of `undelivered` nothing is owed (its due rows are durable), and what is lost of `submit` was never
+        accepted; the bus has counted an alarm.
+        """
+        if self.access is None or topic != self.access.node.inbox:
+            return
+        self.access.node.look_again()
+        task = asyncio.create_task(self._rebuild(), name="app.rebuild")
+        self._rebuilding.add(task)
+        task.add_done_callback(self._rebuilding.discard)
+
+    async def _rebuild(self) -> None:
+        store, limits = self.ground.store, dispatch_limits(self.config)
+        while True:
+            try:
+                now_ms = self.clock.wall_ms()
+                asked = await ask_due_above(
+                    store, await store.head_msg_id(), now_ms + limits.first_due_ms, now_ms,
+                    f"{self.name}.{self.boot}", limits.recover_batch,
+                )  # fmt: skip
+            except StoreUnavailable as error:
+                _log.warning("what the bus lost cannot be rebuilt yet: %s", error)
+                await asyncio.sleep(limits.retry_most_ms / 1000)
+            else:
+                _log.warning("rebuilt from the store what the bus lost", extra={"due_rows": asked})
+                return
 
     async def _show_status(self) -> None:
         """/health, /ready and /metrics of a process without REST."""
@@ -149,6 +180,8 @@ class App:
         if self.access is not None:
             window_ms = self.config.node.drain_window_ms if window_ms is None else window_ms
             await self.access.leave(reason, window_ms)
+        for task in self._rebuilding:
+            task.cancel()
         return await self.ground.ends.run()
 
     # ---------------------------------------------------------------------------------------------- status

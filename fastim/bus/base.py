@@ -102,6 +102,15 @@ class Bus(Protocol):
         """Published minus committed, over all partitions."""
         ...
 
+    async def ends(self, topic: str) -> tuple[int, ...]:
+        """The offset that the next record of each partition will get; () for a topic that does not exist."""
+        ...
+
+    async def passed(self, topic: str, group: str, ends: Sequence[int]) -> bool:
+        """Whether everything below these offsets is settled for the group. A topic that is gone: if there was
+        nothing below them."""
+        ...
+
     def published(self, topic: str) -> int:
         """The offset the next record of partition 0 will get; 0 for an unknown topic."""
         ...

@@ -89,6 +89,17 @@ class MemoryBus:
             return sum(partition.next for partition in found.partitions)
         return sum(share.partition.next - share.window.committed for share in shares.shares)
 
+    async def ends(self, topic: str) -> tuple[int, ...]:
+        found = self._topics.get(topic)
+        return () if found is None else tuple(partition.next for partition in found.partitions)
+
+    async def passed(self, topic: str, group: str, ends: Sequence[int]) -> bool:
+        found = self._topics.get(topic)
+        members = None if found is None else found.groups.get(group)
+        if members is None:
+            return not any(ends)
+        return all(share.window.committed >= end for share, end in zip(members.shares, ends, strict=True))
+
     def published(self, topic: str) -> int:
         found = self._topics.get(topic)
         return 0 if found is None else found.partitions[0].next

@@ -46,7 +46,10 @@ class DispatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recover_batch: int = 2_000
     """Due rows per transaction of the recovery."""
     mark_interval_ms: int = 500
-    """How often the settled mark moves; 0: never (the bus itself is durable)."""
+    """How often the settled mark moves behind a bus in memory; 0: the bus itself is durable (adoption.py,
+    checkpoints.py)."""
+    checkpoint_ms: int = 2_000
+    """How often a durable bus is looked at to move the mark; it takes some looks."""
 
     push_collapse_ms: int = 10_000
     push_claim_ms: int = 30_000

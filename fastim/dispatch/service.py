@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from fastim.bus.base import DISPATCH_GROUP, SUBMIT, UNDELIVERED, Bus
 from fastim.clock import Clock
 from fastim.dispatch.adoption import Adopter
+from fastim.dispatch.checkpoints import Checkpoints
 from fastim.dispatch.due import DueLoop
 from fastim.dispatch.ledger import Flows
 from fastim.dispatch.limits import DispatchLimits
@@ -63,6 +64,7 @@ class Dispatch:
         self.due = DueLoop(store, router, clock, rng, limits, patience, flows, holder)
         self.push = PushLoop(store, vendors, kinds, clock, rng, limits, patience, flows, holder)
         self.adopter = Adopter(store, bus, presence, clock, limits, patience, flows, holder, self.due.wake)
+        self.checkpoints = Checkpoints(store, bus, limits, patience, flows)
         self._intakes: list[Intake] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: BaseException | None = None
@@ -91,6 +93,7 @@ class Dispatch:
         else:
             # The bus outlives its processes, and so do the inboxes of dead nodes.
             self._spawn("adoption", self.adopter.run())
+            self._spawn("checkpoints", self.checkpoints.run())
 
     async def stop(self) -> None:
         """Finish the batch in hand and end. Start nothing new; safe to call twice."""

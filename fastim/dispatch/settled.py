@@ -123,14 +123,24 @@ class SettledMark:
             self._stored = self._reached
 
     async def _ask_due(self, upto_msg_id: int, due_at_ms: int) -> None:
-        """A due row for every open (user, conv) between the mark and upto_msg_id."""
-        wanted = [
-            DueRequest(user, found.conv, found.from_seq, due_at_ms)
-            for found in await self._store.unsettled(upto_msg_id)
-            for user in found.members
-        ]
-        size = self._limits.recover_batch
-        for start in range(0, len(wanted), size):
-            due = tuple(wanted[start : start + size])
-            await self._store.flush(Flush((), due, self._holder, self._clock.wall_ms()))
-        self._flows.recovered += len(wanted)
+        now_ms = self._clock.wall_ms()
+        self._flows.recovered += await ask_due_above(
+            self._store, upto_msg_id, due_at_ms, now_ms, self._holder, self._limits.recover_batch
+        )
+
+
+async def ask_due_above(
+    store: MessageStore, upto_msg_id: int, due_at_ms: int, now_ms: int, holder: str, batch: int
+) -> int:
+    """A due row for every (user, conv) between the mark and upto_msg_id in which something is open.
+
+    Returns how many were asked for. batch: due rows of one transaction.
+    """
+    wanted = [
+        DueRequest(user, found.conv, found.from_seq, due_at_ms)
+        for found in await store.unsettled(upto_msg_id)
+        for user in found.members
+    ]
+    for start in range(0, len(wanted), batch):
+        await store.flush(Flush((), tuple(wanted[start : start + batch]), holder, now_ms))
+    return len(wanted)

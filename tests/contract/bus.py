@@ -314,6 +314,29 @@ class BusContract:
             assert await bus.lag(topic, "g") == 2
             await reader.close()
 
+    async def test_ends_are_passed_once_everything_below_them_is_settled(self) -> None:
+        async with self.fresh(partitions=2) as (bus, topic):
+            assert await bus.ends(topic) == (0, 0)
+            assert await bus.passed(topic, "g", (0, 0))
+            await bus.publish(outgoing(topic, *(str(n) for n in range(10))))
+            ends = await bus.ends(topic)
+            assert sum(ends) == 10
+            reader = bus.reader(topic, "g", max_unsettled=100)
+            *settled, last = await read_exactly(reader, 10)
+            reader.settle_all(settled)
+            assert not await bus.passed(topic, "g", ends)
+            await bus.publish(outgoing(topic, "later"))
+            reader.settle(last)
+            assert await bus.passed(topic, "g", ends)
+            assert not await bus.passed(topic, "g", await bus.ends(topic))
+            await reader.close()
+
+    async def test_topic_that_does_not_exist_has_no_ends_and_has_passed_none(self) -> None:
+        async with self.fresh() as (bus, topic):
+            assert await bus.ends(f"{topic}.missing") == ()
+            assert await bus.passed(f"{topic}.missing", "g", ())
+            assert not await bus.passed(f"{topic}.missing", "g", (1,))
+
     async def test_ensure_twice_is_harmless_and_with_another_count_refused(self) -> None:
         async with self.fresh(partitions=2) as (bus, topic):
             await bus.ensure(topic, 2)

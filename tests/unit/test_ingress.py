@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from fastim.api.ingress import API_GROUP, Ingress
-from fastim.bus.base import DISPATCH_GROUP, SUBMIT, Outgoing, Reader, inbox_topic
+from fastim.api.ingress import Ingress
+from fastim.bus.base import DISPATCH_GROUP, NODE_GROUP, SUBMIT, Outgoing, Reader, inbox_topic
 from fastim.bus.memory import MemoryBus
 from fastim.bus.records import Nudge, Refusal, Reply, Submit, decode_submit, encode
 from fastim.errors import PeerError
@@ -73,7 +73,7 @@ async def refused(task: asyncio.Task[SentItem | None]) -> PeerError:
 
 async def until_settled(bus: MemoryBus) -> None:
     for _ in range(1_000):
-        if bus.committed(INBOX, API_GROUP) == bus.published(INBOX):
+        if bus.committed(INBOX, NODE_GROUP) == bus.published(INBOX):
             return
         await asyncio.sleep(0)
     raise AssertionError("a Reply was not settled")

@@ -161,6 +161,24 @@ class KafkaBus:
         self._committed[topic, group] = committed.get(0, 0)
         return sum(max(0, end - max(begin, committed.get(n, 0))) for n, (begin, end) in ends.items())
 
+    async def ends(self, topic: str) -> tuple[int, ...]:
+        """See the port."""
+        count = await self.clerk.partitions(topic)
+        if count is None:
+            return ()
+        found = await self.clerk.ends(topic, range(count))
+        return tuple(found[number][1] for number in range(count))
+
+    async def passed(self, topic: str, group: str, ends: Sequence[int]) -> bool:
+        """See the port. What this process settled counts as committed."""
+        if not any(ends):
+            return True
+        if await self.clerk.partitions(topic) is None:
+            return False
+        committed = await self.clerk.committed(topic, f"{group}.{topic}", range(len(ends)))
+        local = self._local(topic, group)
+        return all(max(committed.get(n, 0), local.get(n, 0)) >= end for n, end in enumerate(ends))
+
     def published(self, topic: str) -> int:
         """See the port: as far as this process has published itself."""
         lanes = self.writer.lanes(topic)
