@@ -269,6 +269,9 @@ class RedisPresence:
         if not entry:
             return ()
         old = _attachment(user, device, entry)
+        mine = self._mine.get(old.node)
+        if mine is not None and mine.boot == old.boot:
+            return (old,) if mine.opened < old.generation else ()
         try:
             (raw,) = await self._shards.ask([self._read_leases])
         except PresenceUnavailable:
