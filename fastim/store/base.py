@@ -22,7 +22,9 @@ S13  cursors, fate rows and due rows of one flush are one transaction; so are a 
      and due-row deletion
 
 Times here are wall-clock unix milliseconds given by the caller. Every method raises StoreUnavailable
-(temporary: disk full, busy; else closed or corrupt) and then nothing of that call is stored.
+(temporary: disk full, busy; else closed or corrupt). In one process nothing of that call is stored then. Over
+a network it may be, and over several databases in part, each (user, conv) and each frame whole or not at all;
+the same call again finds what it did.
 """
 
 from __future__ import annotations
