@@ -59,14 +59,16 @@ class Reader(Protocol):
     async def read(self, max_records: int) -> list[Record]:
         """Wait until at least one record may be handed out, return up to max_records in order.
 
-        Raises BusUnavailable; returns [] once closed.
+        Raises BusUnavailable for what does not pass by itself: the topic does not exist, another reader has
+        taken an inbox over, records are gone for good. An outage is waited out. Returns [] once closed.
         """
         ...
 
     def settle(self, record: Record) -> None:
         """The record's next step is durable. Synchronous; once per record (UsageError for a second time).
 
-        No effect once the reader has closed or the topic is gone.
+        No effect once the reader has closed, the topic is gone, or the group took the partition away: then
+        the record was given back, even if the partition returns to this reader.
         """
         ...
 
@@ -112,11 +114,17 @@ class Bus(Protocol):
         ...
 
     def published(self, topic: str) -> int:
-        """The offset the next record of partition 0 will get; 0 for an unknown topic."""
+        """The offset the next record of partition 0 will get; 0 for an unknown topic.
+
+        Between processes: behind the last record that this process published. lag() knows them all.
+        """
         ...
 
     def committed(self, topic: str, group: str) -> int:
-        """Everything below this offset of partition 0 is settled for the group."""
+        """Everything below this offset of partition 0 is settled for the group.
+
+        Between processes: by this process, or as the last lag() saw it.
+        """
         ...
 
     async def delete(self, topic: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -244,6 +245,28 @@ def calm(client: Any) -> None:
         return await update(cluster, topics)
 
     client._metadata_update = update_calmly
+
+
+class _Rarely(logging.Filter):
+    """One line a second of each kind: aiokafka logs every attempt, and an outage has thousands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind, now = str(record.msg), time.monotonic()
+        if now - self._said.get(kind, -1.0) < 1.0:
+            return False
+        self._said[kind] = now
+        return True
+
+
+for _name in (
+    "cluster", "conn", "consumer.fetcher", "consumer.group_coordinator", "producer.sender"
+):  # fmt: skip
+    logging.getLogger(f"aiokafka.{_name}").addFilter(_Rarely())
+logging.getLogger("aiokafka").addFilter(_Rarely())  # its client module
 
 
 def _is_passing(error: BaseException) -> bool:

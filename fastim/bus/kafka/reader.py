@@ -37,11 +37,13 @@ from aiokafka.coordinator.assignors.roundrobin import (  # type: ignore[import-u
     RoundRobinPartitionAssignor,
 )
 from aiokafka.errors import (  # type: ignore[import-untyped]
-    CommitFailedError,
     ConsumerStoppedError,
+    IllegalGenerationError,
     IllegalStateError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
 )
 
 from fastim import observe
@@ -428,7 +430,7 @@ class KafkaReader:
         try:
             async with asyncio.timeout(self._limits.stop_s):
                 await self._commit()
-        except CommitFailedError:
+        except (IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError):
             pass  # the group shares anew: whoever gets the partitions reads from the last commit
         except (*FAILURES, IllegalStateError) as error:
             _log.warning("%s: %s cannot commit yet: %r", self.topic, self.group, error)
@@ -443,7 +445,10 @@ class KafkaReader:
         marks = {share.partition: share.window.committed for share in shares}
         began = time.monotonic()
         offsets = {TopicPartition(self.topic, n): OffsetAndMetadata(at, "") for n, at in marks.items()}
-        await consumer.commit(offsets)
+        # One attempt: AIOKafkaConsumer.commit() repeats for ever, and cancelled it leaves a task behind.
+        coordinator = consumer._coordinator
+        await coordinator.ensure_coordinator_known()
+        await coordinator._do_commit_offsets(None, offsets)
         for share in shares:
             share.stored = marks[share.partition]
         self._sure_at = began
