@@ -13,6 +13,8 @@ Nothing listens before what it needs is ready, and nothing is closed before what
 
 A1  a start that fails leaves nothing open              tests/system/test_app.py
 A2  after stop() everything acknowledged is settled     same
+A3  parts in processes of their own keep everything, whichever of them is killed or stands still
+                                                        tests/system/test_cluster.py
 """
 
 from __future__ import annotations
