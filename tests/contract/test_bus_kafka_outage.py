@@ -89,7 +89,10 @@ class Traffic:
         began = time.monotonic()
         acked, last = len(self.acked), self.read[-1] if self.read else -1
         while len(self.acked) == acked or self.read[-1:] in ([], [last]):
-            assert time.monotonic() - began < deadline_s, "it does not go on by itself"
+            assert time.monotonic() - began < deadline_s, (
+                f"it does not go on by itself: {len(self.acked) - acked} acknowledged, "
+                f"{len(self.refusals)} refused, {len(self.read)} read, last {self.read[-1:]} and {last}"
+            )
             await asyncio.sleep(0.02)
         return time.monotonic() - began
 
