@@ -79,13 +79,11 @@ class Cluster:
         self.stopping = threading.Event()
 
     def servers(self, verb: str) -> str:
-        command = [
-            str(HERE / "servers"),
-            verb,
-            *(() if verb == "env" else SERVERS),
-            "--dir",
-            str(self.directory),
-        ]
+        command = [str(HERE / "servers"), verb, "--dir", str(self.directory)]
+        if verb == "start":
+            command += ["--port", "0"]  # ports that are free; remembered for the next start
+        if verb != "env":
+            command += SERVERS
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.returncode)
@@ -100,6 +98,8 @@ class Cluster:
             f"[store]\nurl = {json.dumps(databases)}\n\n"
             f"[bus]\nurl = {json.dumps(urls['FASTIM_KAFKA'])}\n\n"
             f"[presence]\nurl = {json.dumps(urls['FASTIM_REDIS'])}\n\n"
+            # What a development machine has file descriptors for.
+            f"[node]\nmax_connections = 5000\n\n"
             f'[api]\nlisten = "127.0.0.1:{self.port + 2}"\n'
         )
 
