@@ -99,6 +99,16 @@ class Gate:
         return await self._work(*args, **kwargs)
 
 
+@asynccontextmanager
+async def gated(work: Callable[..., Any]) -> AsyncIterator[Gate]:
+    """Inside of opened(): whatever fails, nobody stands before the gate when the stores close."""
+    gate = Gate(work)
+    try:
+        yield gate
+    finally:
+        gate.opened.set()
+
+
 async def everything(store: MessageStore, page: int = 100) -> list[Message]:
     found: list[Message] = []
     while messages := await store.scan(found[-1].msg_id if found else 0, page):
@@ -206,10 +216,9 @@ async def test_no_reader_passes_a_message_that_is_not_committed_yet(
     urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C2 and R1: the lower id is on its way when the higher one, of another shard, is read."""
-    async with opened(urls, 2) as (first, second):
+    async with opened(urls, 2) as (first, second), gated(timeline.Timeline._insert) as gate:
         other = "p:bob:carol"
         assert shard_of(CONV) != shard_of(other)
-        gate = Gate(timeline.Timeline._insert)
 
         async def insert(self: timeline.Timeline, conn: Any, batch: Any) -> None:
             await gate(self, conn, batch)
@@ -296,7 +305,8 @@ async def test_nothing_is_ever_committed_below_the_settled_mark(
         await first.settle(newest.msg_id)
         # A process whose clock is behind, and which never heard of that id.
         second._clock.last = 0
-        (late,) = await send(second, "p:alice:carol", "alice", text(2), now=NOW)
+        (late,) = await send(second, "p:alice:dave", "alice", text(2), now=NOW)
+        assert shard_of("p:alice:dave") != shard_of(CONV)
         assert late.msg_id > newest.msg_id
         assert await state_names(first) == ["ACKED", "UNSETTLED"]
         assert await first.settled_mark() == newest.msg_id
@@ -320,10 +330,9 @@ async def test_a_due_row_that_is_being_cleared_is_not_lost_to_who_asks_for_it(
     urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """O1: all is acked and the row about to go, when a newer message comes and somebody asks for the row."""
-    async with opened(urls, 2) as (first, second):
+    async with opened(urls, 2) as (first, second), gated(owed.ask_open) as gate:
         await fill(first, 1)
         await flush(first, due=[due("bob", 1, NOW + 9)])
-        gate = Gate(owed.ask_open)
         monkeypatch.setattr(duties, "ask_open", gate)
         clearing = asyncio.create_task(flush(first, acked("bob", 1, 1)))
         await gate.reached.wait()
@@ -340,9 +349,8 @@ async def test_a_due_row_that_is_being_cleared_is_not_lost_to_who_asks_for_it(
 async def test_two_requests_for_a_row_that_is_not_there_become_one(
     urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened(urls, 2) as (first, second):
+    async with opened(urls, 2) as (first, second), gated(owed.ask_open) as gate:
         await fill(first, 5)
-        gate = Gate(owed.ask_open)
         monkeypatch.setattr(duties, "ask_open", gate)
         slow = asyncio.create_task(flush(first, due=[due("bob", 2, NOW + 5, urgent=True)]))
         await gate.reached.wait()
