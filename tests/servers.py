@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -65,8 +66,7 @@ class Servers:
 
     def close(self) -> None:
         self._do("wipe")
-        (self.directory / ".lock").unlink(missing_ok=True)
-        self.directory.rmdir()
+        shutil.rmtree(self.directory)
 
     def _do(self, *arguments: str) -> str:
         done = self._run(*arguments)
