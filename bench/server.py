@@ -9,21 +9,25 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fastim.auth import Scope, SigningKey, create_dev_key, mint
 
 ROOT = Path(__file__).resolve().parent.parent
 AUDIENCE = "fastim"
+KEPT_LOGS: Final = "TESTS_KEEP_LOGS"
+"""The variable that names the directory of `keep`; see tests/leaks.py."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -72,6 +76,17 @@ def laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
             laid_over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
         )
     return merged
+
+
+def keep(log: Path) -> None:
+    """Make `log` a link to a file that outlives its directory, where tests search all logs in the end."""
+    directory = os.environ.get(KEPT_LOGS)
+    if directory and not log.exists():
+        test = re.sub(r"\W+", "-", os.environ.get("PYTEST_CURRENT_TEST", ""))[:100]
+        descriptor, name = tempfile.mkstemp(".log", f"{test}-", directory)
+        os.close(descriptor)
+        log.unlink(missing_ok=True)
+        log.symlink_to(name)
 
 
 def _environment() -> dict[str, str]:
@@ -131,6 +146,7 @@ class Server:
         """Start the process and return at once."""
         if self.process is not None and self.process.poll() is None:
             raise ServerError("the server runs already")
+        keep(self.log)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command("serve", "--dev", "--config", str(self.config)),

@@ -159,8 +159,10 @@ SECRET_FIELDS: Final = frozenset(
 _NAMES = "|".join(sorted((re.escape(name) for name in SECRET_FIELDS), key=len, reverse=True))
 _VALUE = r"""(?:\[redacted\]|b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*"|[^\s,;)}\]&]+)"""
 _RULES: Final = (
-    # PEM first: it spans lines; then tokens wherever they stand, then name=value and "name": value.
+    # PEM first: it spans lines; then user and password in a URL, tokens wherever they stand, then name=value
+    # and "name": value.
     (re.compile(r"-----BEGIN [^-]{1,40}-----.*?(?:-----END [^-]{1,40}-----|\Z)", re.DOTALL), REDACTED),
+    (re.compile(r"(?<=://)[^\s/?#'\"@]+(?=@)"), REDACTED),
     (re.compile(r"\beyJ[A-Za-z0-9_-]{5,}(?:\.[A-Za-z0-9_-]*){0,4}"), REDACTED),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]+", re.IGNORECASE), rf"\1 {REDACTED}"),
     (
@@ -255,7 +257,11 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(
     level: str = "INFO", *, as_json: bool = False, stream: TextIO | None = None
 ) -> logging.Handler:
-    """Send the root logger to `stream` (stderr), redacted, one line a record. Replaces earlier handlers."""
+    """Send the root logger to `stream` (stderr), redacted, one line a record. Replaces earlier handlers.
+
+    level: of our own records. Libraries are heard from WARNING on: below, clients of HTTP, Kafka, Redis and
+    PostgreSQL write down what they carry, URLs with passwords and whole bodies among it.
+    """
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.addFilter(RedactingFilter())
     handler.setFormatter(JsonFormatter() if as_json else KeyValueFormatter())
@@ -263,5 +269,7 @@ def set_up_logging(
     for old in list(root.handlers):
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(level)
+    own = logging.getLogger("fastim")
+    own.setLevel(level)
+    root.setLevel(max(logging.WARNING, own.level))
     return handler

@@ -22,6 +22,7 @@ import pytest
 import uvloop
 
 import fastim._core
+from tests import leaks
 from tests.servers import Servers, SharedServers
 
 T = TypeVar("T")
@@ -37,8 +38,9 @@ def counting_core_modules() -> list[ModuleType]:
 CORE = counting_core_modules()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test one flavour of the core while another was asked for (see setup.py)."""
+    config.pluginmanager.register(leaks, "tests.leaks")
     asked = os.environ.get("FASTIM_BUILD")
     if asked is None:
         return

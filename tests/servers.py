@@ -17,6 +17,8 @@ from typing import Final
 
 import pytest
 
+from bench.server import KEPT_LOGS
+
 SCRIPT: Final = Path(__file__).resolve().parents[1] / "deploy" / "dev" / "servers"
 _NOT_INSTALLED: Final = 3
 _DEADLINE_S: Final = 110.0
@@ -65,6 +67,9 @@ class Servers:
         self._do("resume", *names)
 
     def close(self) -> None:
+        if kept := os.environ.get(KEPT_LOGS):  # where the suite searches all logs in the end
+            for log in self.directory.glob("*/log"):
+                shutil.copyfile(log, Path(kept) / f"{self.directory.name}-{log.parent.name}.log")
         self._do("wipe")
         shutil.rmtree(self.directory)
 

@@ -82,7 +82,10 @@ class WebhookVendor:
         client: httpx.AsyncClient | None = None,
     ) -> None:
         if not url.startswith(("https://", "http://")):
-            raise UsageError(f"the webhook url is {url[:200]!r}; must start with https:// or http://")
+            # The rest of it may hold a secret.
+            scheme, mark, _ = url.partition("://")
+            shown = f"begins with {scheme[:20]!r}" if mark else "has no scheme"
+            raise UsageError(f"the webhook url {shown}; must start with https:// or http://")
         if len(secret) < MIN_SECRET_BYTES:
             raise UsageError(f"the webhook secret is {len(secret)} bytes; at least {MIN_SECRET_BYTES}")
         self._url = url

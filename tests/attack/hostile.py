@@ -17,11 +17,12 @@ import msgspec
 
 from fastim import protocol
 from fastim.protocol import Op
+from tests.leaks import MARK
 from tests.unit.conn_world import BINARY, CLOSE, CONT, PING, PONG, REQUEST, TEXT, ws, ws_close
 
-BODY: Final = b"planted-body-5f2c91"
+BODY: Final = f"{MARK}-body".encode()
 """In every message that is sent; it must be in no log."""
-TOKEN: Final = "planted-token-83ab4e"
+TOKEN: Final = f"{MARK}-token"
 """In every token that is refused; the same."""
 
 CONV: Final = "p:alice:bob"

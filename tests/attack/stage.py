@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.server import ROOT, Server, to_toml
+from tests.leaks import planted
 
 SERVER_CPU: Final = 0
 OTHERS_CPU: Final = 1
@@ -44,8 +44,8 @@ class Stage:
     def __init__(
         self, directory: Path, settings: dict[str, Any] | None = None, *, asan: bool = False
     ) -> None:
-        self.planted_key = secrets.token_hex(32)
-        self.planted_secret = secrets.token_hex(32)
+        self.planted_key = planted("key")
+        self.planted_secret = planted("webhook")
         node = {
             "failures_per_minute": 1_000_000, "auth_timeout_ms": 2_000, "origins": ["https://chat.example"],
         }  # fmt: skip

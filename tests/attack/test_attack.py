@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack import hostile
 from tests.attack.branches import Branches
 from tests.attack.hostile import Random, catalogue
 from tests.attack.stage import ROOT, Stage
@@ -40,14 +39,15 @@ def test_an_answer_that_no_branch_explains_is_seen() -> None:
 
 def test_a_fault_in_the_log_and_a_planted_secret_are_seen(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    stage.secrets["a body"] = hostile.BODY
+    stage.secrets["a body"] = body = b"what nobody else may read"
     stage.server.log.write_bytes(
         b"ts=2026-01-01T00:00:00.000Z level=info logger=fastim.app msg=started\n"
         b'ts=2026-01-01T00:00:00.000Z level=error logger=asyncio msg="never retrieved"\n'
-        b"ts=2026-01-01T00:00:00.000Z level=info logger=x msg=" + hostile.BODY + b"\n"
+        b"ts=2026-01-01T00:00:00.000Z level=info logger=x msg=" + body + b"\n"
         b"  alice " + stage.planted_key.encode() + b"\n"
     )
     bad, leaked = stage.log()
+    stage.server.log.unlink()
     assert len(bad) == 1
     assert leaked == ["a body"], "what is printed for people is no log line"
 

@@ -158,5 +158,7 @@ class TestWebhookVendor(PushVendorContract):
             WebhookVendor("https://example.org/push", b"x" * 31, SystemClock())
 
     def test_a_url_of_another_scheme_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="ftp"):
-            WebhookVendor("ftp://example.org/push", SECRET, SystemClock())
+        for url, shown in (("ftp://example.org/S3CRET", "ftp"), ("example.org/S3CRET", "no scheme")):
+            with pytest.raises(UsageError, match=shown) as caught:
+                WebhookVendor(url, SECRET, SystemClock())
+            assert "S3CRET" not in str(caught.value), "its path may be a secret"

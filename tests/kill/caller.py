@@ -20,6 +20,7 @@ from fastim.api.shapes import new_client_id
 from fastim.auth import Scope
 from tests.kill.log import ClientLog, wall_ms
 from tests.kill.people import Cast
+from tests.leaks import MARK
 
 _TIMEOUT_S = 8.0
 _PAUSE_S = (0.02, 0.05, 0.1, 0.2)
@@ -51,7 +52,7 @@ class Caller:
         self._count += 1
         client_id = new_client_id(wall_ms()).hex()
         self.log.write("submit", client_id=client_id, conv=conv, n=self._count, loss=loss_time_ms)
-        self._lines[conv].append((client_id, f"{self.name} {self._count}", loss_time_ms))
+        self._lines[conv].append((client_id, f"{MARK} {self.name} {self._count}", loss_time_ms))
         self._work[conv].set()
         return True
 

@@ -17,6 +17,7 @@ from tests.kill.log import ClientLog
 from tests.kill.people import Cast, DevicePlan
 from tests.kill.phone import Phone
 from tests.kill.raw import RawClient, Refused
+from tests.leaks import MARK
 
 
 class Device:
@@ -54,7 +55,9 @@ class Device:
         if self.phone is None:
             return False
         self._sent += 1
-        await self.phone.send(conv, f"{self.plan.user} {self._sent}".encode(), loss_time_ms, self._sent)
+        await self.phone.send(
+            conv, f"{MARK} {self.plan.user} {self._sent}".encode(), loss_time_ms, self._sent
+        )
         return True
 
     async def open(self) -> None:

@@ -40,10 +40,11 @@ from tests.kill.ledger import Sabotage, due_rows, read_audit, server_settings
 from tests.kill.log import DeviceRecord, read_logs, wall_ms
 from tests.kill.until import until
 from tests.kill.vendor import WebhookServer
+from tests.leaks import planted
 
 LEVEL_DEADLINE_S = 180.0
 REST_DEADLINE_S = 150.0
-SECRET = "9f4c1b7e2d8a5036c4e1f7b92a6d3085e7c1b4f9a2d60853"
+SECRET = planted("webhook")
 RATE_LIMITS = (20.0, 400.0)
 SECONDS_PER_KILL = 4.0
 QUICK: dict[str, Any] = {

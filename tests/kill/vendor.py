@@ -39,6 +39,8 @@ class WebhookServer:
         self.calls: list[Call] = []
         self.bad: list[str] = []
         self.fail = False
+        self.failed = 0
+        """How often it answered 503."""
         self.url = ""
 
     async def __aenter__(self) -> Self:
@@ -82,6 +84,7 @@ class WebhookServer:
 
     def _take(self, headers: dict[str, str], body: bytes) -> int:
         if self.fail:
+            self.failed += 1
             return 503
         timestamp = headers.get(TIMESTAMP_HEADER, "")
         wanted = signature(self._secret, timestamp, body)

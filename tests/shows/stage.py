@@ -18,8 +18,9 @@ from tests.kill.log import ClientLog
 from tests.kill.phone import Phone
 from tests.kill.until import until
 from tests.kill.vendor import WebhookServer
+from tests.leaks import planted
 
-SECRET = "3b9d60f1c8e2a7459d0b6f3e81c4a72d5e98f0617b3c2da4"
+SECRET = planted("webhook")
 
 
 class Skipped(Exception):

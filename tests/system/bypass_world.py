@@ -27,10 +27,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from bench.server import Server, to_toml
 from fastim.protocol import Op
+from tests.leaks import planted
 from tests.unit.conn_world import BINARY, REQUEST, ws
 
 NOW: Final = int(time.time())
-MARK: Final = "planted-" + secrets.token_hex(6)
+MARK: Final = planted("bypass")
 """In every forged token, name and body: it must be in no line of the log."""
 REFUSED_WS: Final = [
     Op.ERROR, int(Op.AUTH), "unauthenticated", "the token is not valid", False, 0, b"", 0, "",
@@ -54,7 +55,7 @@ class World:
 
     def __init__(self, directory: Path) -> None:
         self.a, self.ops, self.stranger = (Ed25519PrivateKey.generate() for _ in range(3))
-        self.secret = secrets.token_bytes(32).hex()
+        self.secret = planted("key")
         self.tried: list[str] = []
         node = {"origins": ["https://chat.example"], "failures_per_minute": 1_000_000}
         self.server = Server(directory, {"node": node, "log": {"level": "DEBUG"}})

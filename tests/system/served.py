@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fastim
-from bench.server import free_ports
+from bench.server import KEPT_LOGS, free_ports, keep
 
 ROOT = Path(fastim.__file__).parents[1]
 
@@ -33,9 +33,18 @@ def run_command(
         [sys.executable, "-m", "fastim", *arguments],
         capture_output=True, text=True, timeout=60, env=environment(**more), cwd=cwd,
     )  # fmt: skip
+    note(done.stderr)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     return done
+
+
+def note(errors: str) -> None:
+    """Among the logs in which the tests search for secrets; what goes to standard output was asked for."""
+    directory = os.environ.get(KEPT_LOGS)
+    if directory:
+        with (Path(directory) / "commands.log").open("a") as file:
+            file.write(errors)
 
 
 class Served:
@@ -44,6 +53,7 @@ class Served:
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.data = directory / "data"
         self.ws_port, self.http_port = free_ports(2)
+        keep(directory / "server.log")
         self.log = (directory / "server.log").open("w+")
         self.process = subprocess.Popen(
             [

@@ -35,6 +35,7 @@ from fastim.node.tls import dev_certificate
 from fastim.protocol import Ping, Pong, Send, SendItem
 from fastim.store.sqlite import SqliteStore
 from tests.kill.raw import RawClient, Refused
+from tests.leaks import MARK
 from tests.system.served import Served, environment, run_command
 
 
@@ -141,7 +142,7 @@ async def test_what_was_acknowledged_before_a_stop_is_settled_after_it(tmp_path:
         RawClient("127.0.0.1", port, tokens[0], "d0") as alice,
         RawClient("127.0.0.1", port, tokens[1], "d0") as bob,
     ):
-        items = [SendItem(bytes([n]) * 16, int(Kind.TEXT), b"hello") for n in range(10)]
+        items = [SendItem(bytes([n]) * 16, int(Kind.TEXT), MARK.encode()) for n in range(10)]
         alice.send(Send("p:alice:bob", items))
         assert await bob.wait_for(lambda: len(bob.messages()) == 10)
         bob.ack()

@@ -25,8 +25,11 @@ from fastim.protocol import (
     Skip,
     encode_msg_tail,
 )
+from tests.leaks import MARK
 from tests.system.dispatch_world import client_id
 from tests.system.node_world import NodeWorld, Peer, node_world, until
+
+HELLO = MARK.encode()
 
 CONV = "p:alice:bob"
 GROUP = "g:team"
@@ -57,9 +60,9 @@ async def own(w: NodeWorld, peer: Peer, user: str, *bodies: bytes) -> list[Messa
 async def test_a_message_is_written_and_its_ack_moves_cursor_fate_and_settle(tmp_path: Path) -> None:
     async with node_world(tmp_path) as w:
         bob = await pair(w)
-        (sent,) = await w.send(CONV, "alice", b"hello", to=("bob",))
+        (sent,) = await w.send(CONV, "alice", HELLO, to=("bob",))
         (message,) = bob.of(Msg)
-        assert (message.seq, message.body, message.dup, message.msg_id) == (1, b"hello", False, sent.msg_id)
+        assert (message.seq, message.body, message.dup, message.msg_id) == (1, HELLO, False, sent.msg_id)
         assert w.unsettled == 1
         bob.ack()
         await w.quiet()
@@ -83,7 +86,7 @@ async def test_messages_are_acknowledged_one_by_one_in_any_order(tmp_path: Path)
 async def test_a_record_is_settled_only_after_the_flush_has_committed(tmp_path: Path) -> None:
     async with node_world(tmp_path) as w:
         bob = await pair(w)
-        await w.send(CONV, "alice", b"hello", to=("bob",))
+        await w.send(CONV, "alice", HELLO, to=("bob",))
         w.store.hold("flush")
         bob.ack()
         await until(lambda: w.store.waiting, "the flush is under way")
@@ -126,7 +129,7 @@ async def test_two_devices_get_it_and_the_first_ack_settles_the_obligation(tmp_p
     async with node_world(tmp_path) as w:
         phone = await pair(w)
         laptop = await w.level("bob", "laptop", device_class="desktop")
-        await w.send(CONV, "alice", b"hello", to=("bob",))
+        await w.send(CONV, "alice", HELLO, to=("bob",))
         assert (phone.seqs(), laptop.seqs()) == ([1], [1])
         laptop.ack()
         await w.quiet()
@@ -157,7 +160,7 @@ async def test_the_senders_other_device_gets_it_and_owes_nothing(tmp_path: Path)
 async def test_a_delivery_to_a_user_who_is_elsewhere_becomes_a_due_row_at_once(tmp_path: Path) -> None:
     async with node_world(tmp_path) as w:
         await w.known("alice", "bob")
-        await w.send(CONV, "alice", b"hello", to=("bob",))
+        await w.send(CONV, "alice", HELLO, to=("bob",))
         assert w.unsettled == 0
         assert await w.due() == {("bob", CONV): (1, 0)}
 
@@ -389,7 +392,7 @@ async def test_no_ack_is_probed_after_three_seconds_and_moved_after_eight(tmp_pa
     async with node_world(tmp_path) as w:
         bob = await pair(w)
         bob.forget()
-        await w.send(CONV, "alice", b"hello", to=("bob",))
+        await w.send(CONV, "alice", HELLO, to=("bob",))
         await w.pass_ms(2_750)
         assert bob.of(Probe) == []
         await w.pass_ms(500)
@@ -506,7 +509,7 @@ async def test_silence_is_half_open_and_the_message_is_due_without_grace(tmp_pat
     async with node_world(tmp_path) as w:
         bob = await pair(w)
         bob.dead = True
-        await w.send(CONV, "alice", b"hello", to=("bob",))
+        await w.send(CONV, "alice", HELLO, to=("bob",))
         await w.pass_ms(7_750)
         assert await w.online("bob") == ["phone"]
         await w.pass_ms(500)

@@ -12,6 +12,7 @@ from fastim.dispatch.patience import Stopped
 from fastim.errors import StoreUnavailable
 from fastim.model import Flag, Kind
 from fastim.store.base import AppendFrame, AppendItem
+from tests.leaks import MARK
 from tests.system.dispatch_world import World, client_id, item, world
 
 CONV = "p:alice:bob"
@@ -33,13 +34,13 @@ async def pair(w: World) -> None:
 async def test_a_send_is_stored_answered_and_delivered(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         await pair(w)
-        reply = await w.exchange(CONV, "alice", item(1, b"hello"))
+        reply = await w.exchange(CONV, "alice", item(1, MARK.encode()))
         assert (reply.session, reply.user, reply.conv, reply.refused) == ("alice-phone", "alice", CONV, [])
         ((deliver,),) = (await w.delivers("n2"),)
         (sent,) = reply.sent
         assert (deliver.msg_id, deliver.seq) == (sent.msg_id, sent.seq) == (sent.msg_id, 1)
         assert (deliver.users, deliver.skip_session, deliver.sender) == (["bob"], "alice-phone", "alice")
-        assert b"hello" in deliver.tail
+        assert MARK.encode() in deliver.tail
         assert await w.delivers("n1") == []
         assert await w.states() == {"unsettled": 1}
 

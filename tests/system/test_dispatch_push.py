@@ -11,6 +11,7 @@ from fastim.errors import StoreUnavailable, Unavailable
 from fastim.model import Flag, Kind
 from fastim.push.base import Notification, PushOutcome, PushResult
 from tests.faults.recording_vendor import RecordingVendor
+from tests.leaks import MARK
 from tests.system.dispatch_world import LIMITS, World, item, world
 
 CONV = "p:alice:bob"
@@ -42,11 +43,19 @@ async def push(w: World, after_ms: int = 0) -> None:
 async def test_a_parked_message_is_pushed_once_with_what_waits(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         vendor = await absent_bob(w)
-        reply = await w.exchange(CONV, "alice", item(1, b"hello"), item(2, "你好".encode()))
+        reply = await w.exchange(CONV, "alice", item(1, b"hello"), item(2, f"你好 {MARK}".encode()))
         await push(w)
         (sent,) = vendor.sent
         assert sent == Notification(
-            sent.push_id, "bob", CONV, reply.sent[1].msg_id, "alice", "你好", badge=2, pending=2, expires_ms=0
+            sent.push_id,
+            "bob",
+            CONV,
+            reply.sent[1].msg_id,
+            "alice",
+            f"你好 {MARK}",
+            badge=2,
+            pending=2,
+            expires_ms=0,
         )
         await push(w, 3_600 * SECOND)
         assert len(vendor.sent) == 1

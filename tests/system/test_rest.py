@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.leaks import MARK
 from tests.system.rest_world import ALICE, BOB, MALLORY, ROOT, SHOP, problem, world
 
 CONV = "p:alice:bob"
 CLIENT_ID = "0192f3a4b5c67d8e9f00112233445566"
-MESSAGE = {"conv": CONV, "sender": "alice", "body": "hello", "client_id": CLIENT_ID}
+MESSAGE = {"conv": CONV, "sender": "alice", "body": MARK, "client_id": CLIENT_ID}
 
 # ------------------------------------------------------------------------------------------------- sending
 
@@ -26,7 +27,7 @@ async def test_service_sends_for_anybody_and_gets_ids(tmp_path: Path) -> None:
         assert (found["seq"], found["client_id"], found["conv"]) == (1, CLIENT_ID, CONV)
         assert 0 < found["msg_id"] < 1 << 53
         stored = await here.store.find(msg_id=found["msg_id"])
-        assert (stored.body, stored.sender, stored.client_id.hex()) == (b"hello", "alice", CLIENT_ID)
+        assert (stored.body, stored.sender, stored.client_id.hex()) == (MARK.encode(), "alice", CLIENT_ID)
 
 
 async def test_client_sends_as_himself_to_a_user_who_is_known(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from fastim import observe
 from fastim.api.rest import RestLimits
 from fastim.auth import Scope
 from fastim.errors import InternalError, StoreUnavailable
+from tests.leaks import MARK
 from tests.system.rest_world import ALICE, BOB, ROOT, SHOP, bearer, problem, token, world
 
 CONV = "p:alice:bob"
-MESSAGE = {"conv": CONV, "sender": "alice", "body": "hello"}
+MESSAGE = {"conv": CONV, "sender": "alice", "body": MARK}
 
 # ------------------------------------------------------------------------------------------- health and such
 

@@ -59,6 +59,7 @@ from fastim.protocol import (
 from fastim.store.sqlite import SqliteStore
 from tests.faults.recording_vendor import RecordingVendor
 from tests.kill.raw import RawClient, Refused, split
+from tests.leaks import MARK
 from tests.system.dispatch_world import client_id
 
 CONV = "p:alice:bob"
@@ -107,7 +108,7 @@ class Client(RawClient):
                 found.append(frame.seq)
         return found
 
-    def say(self, number: int, body: bytes = b"hi", conv: str = CONV, **more: Any) -> None:
+    def say(self, number: int, body: bytes = MARK.encode(), conv: str = CONV, **more: Any) -> None:
         self.send(Send(conv, [SendItem(client_id(number), more.pop("kind", 1), body, **more)]))
 
     async def get(self, kind: type[Any], count: int = 1) -> list[Any]:

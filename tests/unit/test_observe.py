@@ -37,11 +37,21 @@ class Log:
 
 @pytest.fixture(params=[False, True], ids=["key=value", "json"])
 def log(request: pytest.FixtureRequest) -> Iterator[Log]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield Log(request.param)
+    yield from configured(request.param)
+
+
+@pytest.fixture
+def json_log() -> Iterator[Log]:
+    yield from configured(as_json=True)
+
+
+def configured(as_json: bool) -> Iterator[Log]:
+    root, own = logging.getLogger(), logging.getLogger("fastim")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+    yield Log(as_json)
     root.handlers[:] = handlers
-    root.setLevel(level)
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 def boom() -> None:
@@ -70,6 +80,8 @@ PLANTS: list[Callable[[logging.Logger], None]] = [
     lambda log: log.info("%(token)s and %(user)s", {"token": "hunter2hunter2", "user": "alice"}),
     lambda log: log.info("push to api_key=hunter2hunter2"),
     lambda log: log.info("cookie: hunter2hunter2"),
+    lambda log: log.info("store at postgresql://fastim:hunter2hunter2@db:5432/x is away"),
+    lambda log: log.info("POST https://hunter2hunter2@hooks.example/push"),
 ]
 
 
@@ -91,6 +103,18 @@ def test_secret_in_an_exception_is_redacted_and_the_traceback_stays(log: Log) ->
     assert "in boom" in log.text()
 
 
+@pytest.mark.parametrize(
+    "library", ["httpx", "httpcore.http11", "aiokafka.conn", "redis", "asyncpg", "asyncio"]
+)
+def test_libraries_are_heard_from_warning_on(log: Log, library: str) -> None:
+    """Below that they log the URL of each call (a webhook's may hold a secret), headers and bodies."""
+    logging.getLogger(library).debug("wire %s", "S3CRET")
+    logging.getLogger(library).info("HTTP Request: POST https://hooks.example/S3CRET")
+    assert log.lines() == []
+    logging.getLogger(library).warning("it is away")
+    assert len(log.lines()) == 1
+
+
 def test_what_is_no_secret_stays(log: Log) -> None:
     log.logger.info("listening on %s, %d links", "127.0.0.1", 5, extra={"port": 8443, "conv": "p:a:b"})
     for word in ("listening on 127.0.0.1, 5 links", "8443", "p:a:b", "fastim.test", "info"):
@@ -104,10 +128,9 @@ def test_message_cannot_forge_a_line_or_a_field(log: Log) -> None:
     assert " admin=true" not in log.text().replace('\\" admin=true', "")
 
 
-def test_json_lines_are_json() -> None:
-    log = Log(as_json=True)
-    log.logger.warning("late", extra={"lag_ms": 12, "peer": "1.2.3.4:5"})
-    found = json.loads(log.text())
+def test_json_lines_are_json(json_log: Log) -> None:
+    json_log.logger.warning("late", extra={"lag_ms": 12, "peer": "1.2.3.4:5"})
+    found = json.loads(json_log.text())
     shown = found["level"], found["msg"], found["lag_ms"], found["peer"]
     assert shown == ("warning", "late", 12, "1.2.3.4:5")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found["ts"])
