@@ -40,6 +40,8 @@ from fastim.store.rules import FOREVER, merged, runs
 if TYPE_CHECKING:
     from fastim.store.postgres.databases import Connection
 
+_KNOWN_CONVS: Final = 65_536
+
 SETTLE: Final = (
     "WITH wanted AS MATERIALIZED (SELECT * FROM unnest($11::smallint[], $12::text[], $13::text[],"
     " $14::text[], $15::bigint[], $16::bigint[]) AS w(shard, conv, user_id, device, first, last)),"
@@ -133,6 +135,7 @@ class Duties:
     def __init__(self, database: Database, push: PushBox) -> None:
         self._db = database
         self._push = push
+        self._known: set[str] = set()
 
     # -------------------------------------------------------------------------------------------- flush
 
@@ -153,10 +156,18 @@ class Duties:
         return await self._db.transact(work)
 
     async def existing(self, convs: Iterable[str]) -> set[str]:
-        """Which of the conversations hold anything."""
-        names = list(convs)
-        rows = await self._db.fetch(EXISTING, [shard_of(name) for name in names], names)
-        return {name for (name,) in rows}
+        """Which of the conversations hold anything. That is for ever, so it is remembered."""
+        wanted = set(convs)
+        found = wanted & self._known
+        names = list(wanted - found)
+        if names:
+            rows = await self._db.fetch(EXISTING, [shard_of(name) for name in names], names)
+            fresh = {name for (name,) in rows}
+            if len(self._known) + len(fresh) > _KNOWN_CONVS:
+                self._known = set()
+            self._known |= fresh
+            found |= fresh
+        return found
 
     async def _follow(
         self,
