@@ -1347,6 +1347,28 @@ class StoreContract:
             (again,) = await self.push(store, NOW + 11_001)
             assert again.push_id != row.push_id
 
+    @pytest.mark.parametrize("parked_at", [10, 1_500], ids=["while it is out", "before it is tried again"])
+    async def test_what_is_parked_after_a_push_that_may_have_rung_gets_a_push_of_its_own(
+        self, parked_at: int
+    ) -> None:
+        """The vendor's answer was late, so the push is repeated; the vendor rings once per push_id."""
+        async with self.opened() as store:
+            await send(store, CONV, "alice", text(1))
+            await store.park([park("bob")], NOW)
+            (row,) = await self.push(store, NOW)
+            await send(store, CONV, "alice", text(2))
+            for now in sorted((parked_at, 1_000)):
+                if now == parked_at:
+                    await store.park([park("bob", 2, at=NOW + now)], NOW + now)
+                else:
+                    await store.finish_push("d", row, NOW + now, retry_at_ms=NOW + 2_000)
+            (repeated,) = await self.push(store, NOW + 2_000)
+            assert repeated.push_id == row.push_id
+            await store.finish_push("d", repeated, NOW + 2_001, retry_at_ms=0)
+            assert await store.next_push_ms() == NOW + 12_001
+            (again,) = await self.push(store, NOW + 12_001)
+            assert again.push_id != row.push_id
+
     async def test_no_two_pushes_have_one_id_however_long_they_are_apart(self) -> None:
         async with self.opened() as store:
             ids = []

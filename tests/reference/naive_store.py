@@ -581,9 +581,9 @@ class NaiveStore:
         if not row.ready_ms:
             row.serial += 1
             row.ready_ms, row.attempt, row.collapse_ms = at_ms, 0, park.collapse_ms
-        elif row.holder:
+        elif row.holder or row.attempt:
             row.again_ms, row.collapse_ms = at_ms, park.collapse_ms
-        elif not row.attempt:
+        else:
             row.ready_ms = min(row.ready_ms, at_ms)
 
     async def next_push_ms(self) -> int:
@@ -599,8 +599,6 @@ class NaiveStore:
             if not pending:
                 self._rest_push(row)
                 continue
-            if not row.holder:
-                row.again_ms = 0
             row.holder, row.ready_ms = holder, now_ms + claim_ms
             m = pending[-1]
             badge, _ = await self.unread(user)
@@ -620,7 +618,7 @@ class NaiveStore:
         if kept is None or kept.holder != holder or row.push_id != f"{row.user}.{row.conv}.{kept.serial}":
             return
         if retry_at_ms:
-            kept.holder, kept.ready_ms, kept.again_ms = "", retry_at_ms, 0
+            kept.holder, kept.ready_ms = "", retry_at_ms
             kept.attempt += 1
             return
         kept.last_ms = now_ms

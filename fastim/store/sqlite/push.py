@@ -1,11 +1,12 @@
 """The push outbox: one row per (user, conv) that a phone is to be told about.
 
  park ─▶ WAITING until ready_ms ─claim─▶ OUT ─finish─▶ idle until the collapse window has passed ─▶ gone
-            ▲                             ├─ retry ─▶ WAITING
-            └── asked again while OUT ────┘
+            ▲                             ├─ retry ─▶ WAITING under the same push_id
+            └── asked again since OUT ────┘
 
 A push inside the collapse window after the last one waits for its end. Whether something is still pending is
-asked at the claim, so a push is dropped only because nothing is.
+asked at the claim, so a push is dropped only because nothing is. A push that was OUT once may have rung, and
+a vendor rings once per push_id: what is parked after that gets a push of its own.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ class PushBox:
                 " WHERE pair = ?",
                 (at_ms, park.collapse_ms, pair),
             )
-        elif holder is not None:
+        elif holder is not None or attempt:
             sql.run(
                 "UPDATE push SET again_ms = ?, collapse_ms = ? WHERE pair = ?",
                 (at_ms, park.collapse_ms, pair),
             )
-        elif not attempt:
+        else:
             sql.run("UPDATE push SET ready_ms = ? WHERE pair = ?", (min(ready_ms, at_ms), pair))
 
     def claim(self, holder: str, now_ms: int, claim_ms: int, limit: int) -> list[PushRow]:
@@ -89,11 +90,8 @@ class PushBox:
             if row is None:
                 self._rest(pair, now_ms)
                 continue
-            # Asked again while an earlier claim was out that ended by itself: its push may have rung already.
             sql.run(
-                "UPDATE push SET holder = ?, ready_ms = ?,"
-                " again_ms = CASE WHEN holder IS NULL THEN 0 ELSE again_ms END WHERE pair = ?",
-                (holder, now_ms + claim_ms, pair),
+                "UPDATE push SET holder = ?, ready_ms = ? WHERE pair = ?", (holder, now_ms + claim_ms, pair)
             )
             found.append(row)
         return found
@@ -110,8 +108,7 @@ class PushBox:
         _, again_ms, collapse_ms = row
         if retry_at_ms:
             sql.run(
-                "UPDATE push SET holder = NULL, ready_ms = ?, again_ms = 0, attempt = attempt + 1"
-                " WHERE pair = ?",
+                "UPDATE push SET holder = NULL, ready_ms = ?, attempt = attempt + 1 WHERE pair = ?",
                 (retry_at_ms, pair),
             )
             return
