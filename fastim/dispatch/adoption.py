@@ -220,9 +220,9 @@ class _Adoption:
             while not self._patience.stopping and await self._hold():
                 try:
                     gone = await self._read_through()
-                except BusUnavailable as error:
+                except BusUnavailable:
                     self._flows.bus_failures += 1
-                    gone = not error.temporary
+                    gone = False
                 if gone and self._vigil.missing_ms(self._start) >= limits.adopt_wait_ms:
                     # Twice, adopt_wait_ms apart: a broker that has just started may not know its topics yet.
                     await self._patience.persist(self._store.end_boot, *self._start)
@@ -247,8 +247,10 @@ class _Adoption:
             return self._clock.mono_ms() - self._claimed_mono_ms < claim_ms
 
     async def _read_through(self) -> bool:
-        """Due rows for everything in the inbox; then delete it. False: lost, stopped, or to be read again."""
+        """Due rows for all in the inbox; then delete it. False: lost, stopped, or to be read again."""
         limits = self._limits
+        if not await self._bus.ends(self._topic):
+            return True
         reader = self._bus.reader(self._topic, NODE_GROUP, max_unsettled=limits.adopt_unsettled)
         reading = asyncio.create_task(reader.read(limits.batch_records), name=f"read {self._topic}")
         held: list[Record] = []

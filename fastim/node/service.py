@@ -325,9 +325,11 @@ class Node:
     def _close_all(self) -> None:
         code = CloseCode.DRAINING if self._fenced else CloseCode.RESTART
         for session in self.pool:
-            if session.link is not None:
-                session.link.close(code, "going away")
+            link = session.link
+            if link is not None:
                 self.handshake.closed(session, orderly=True)
+                link.bind(-1)
+                link.close(code, "going away")
 
     def _adopted(self, error: Fenced) -> None:
         """Somebody else answers for the inbox. What was acknowledged is still flushed: marks move forward."""

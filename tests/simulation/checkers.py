@@ -11,6 +11,7 @@ ledger      an obligation is LOST, in flight at rest, or acked though no device 
 settle      the system did not come to rest after the faults stopped
 push        nobody rang a phone that waits, or it rang twice inside a collapse window
 error       an exception reached a loop's handler or killed a task
+fence, zombie, adopters, offsets    what the run of a cluster sees while it happens (cluster.py)
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class Facts:
     unsettled: list[str] = field(default_factory=list)
     """Why the system is not at rest; empty when it is."""
     failures: list[str] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+    """Violations that only show while they happen, each with its kind."""
     wall_end_ms: int = 0
     collapse_ms: int = 10_000
     wall_jumped: bool = False
@@ -112,7 +115,7 @@ def check(facts: Facts) -> list[str]:
     """Every violation, at most 20 of a kind."""
     found: list[str] = []
     for judge in (
-        _failures, _timeline, _views, _complete, _sender_order, _ledger, _push, _settled,
+        _failures, _seen, _timeline, _views, _complete, _sender_order, _ledger, _push, _settled,
     ):  # fmt: skip
         sentences = list(judge(facts))
         found.extend(sentences[:20])
@@ -131,6 +134,10 @@ def _by_conv(messages: Sequence[Message]) -> dict[str, list[Message]]:
 def _failures(facts: Facts) -> Iterable[str]:
     for text in facts.failures:
         yield f"error: {text}"
+
+
+def _seen(facts: Facts) -> Iterable[str]:
+    yield from facts.seen
 
 
 def _timeline(facts: Facts) -> Iterable[str]:

@@ -1,7 +1,8 @@
 """The command: many seeds of the correct build, and every planted error on its pinned seed.
 
-    python -m tests.simulation.run --seeds 2000              fresh seeds 0..1999, then the planted errors
-    python -m tests.simulation.run --seed 17 --verbose       one seed, with its plan and its trace
+    python -m tests.simulation.run --seeds 2000              seeds 0..1999 of each model, then planted errors
+    python -m tests.simulation.run --model cluster ...       only one of the models (models.py)
+    python -m tests.simulation.run --seed 17 --model cluster --verbose    one seed, with plan and trace
     python -m tests.simulation.run --planted                 only the planted errors
     python -m tests.simulation.run --search NAME --seeds 500 look for seeds that catch one planted error
 
@@ -23,18 +24,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from tests.simulation.models import MODELS, run_seed
 from tests.simulation.planted import PLANTED, Planted
-from tests.simulation.world import Outcome, run_seed
+from tests.simulation.world import Outcome
 
 
 class Job(NamedTuple):
     seed: int
     error: str = ""
     control: bool = False
+    model: str = "single"
 
 
 def one(job: Job) -> Outcome:
-    return run_seed(job.seed, PLANTED[job.error] if job.error else None, control=job.control)
+    error = PLANTED[job.error] if job.error else None
+    return run_seed(job.seed, error, control=job.control, model=job.model)
 
 
 def outcomes(jobs: list[Job], processes: int) -> Iterator[Outcome]:
@@ -64,17 +68,19 @@ def told(outcome: Outcome, **more: object) -> str:
     return json.dumps(found | more)
 
 
-def correct_build(seeds: Iterable[int], processes: int, as_json: bool) -> tuple[int, Counter[str]]:
+def correct_build(
+    model: str, seeds: Iterable[int], processes: int, as_json: bool
+) -> tuple[int, Counter[str]]:
     failing = 0
     sums: Counter[str] = Counter()
-    for outcome in outcomes([Job(seed) for seed in seeds], processes):
+    for outcome in outcomes([Job(seed, model=model) for seed in seeds], processes):
         sums.update(outcome.figures)
         sums["seeds"] += 1
         failing += bool(outcome.violations)
         if as_json:
             print(told(outcome))
         elif outcome.violations:
-            again = f"python -m tests.simulation.run --seed {outcome.seed} --verbose"
+            again = f"python -m tests.simulation.run --model {model} --seed {outcome.seed} --verbose"
             print(f"seed {outcome.seed} FAILS; again: {again}")
             for text in outcome.violations[:12]:
                 print(f"    {text}")
@@ -82,12 +88,13 @@ def correct_build(seeds: Iterable[int], processes: int, as_json: bool) -> tuple[
     return failing, sums
 
 
-def planted_errors(processes: int, as_json: bool) -> int:
-    """Each on its pinned seed, after its control. Returns how many were not caught on a fair stage."""
+def planted_errors(model: str, processes: int, as_json: bool) -> tuple[int, int]:
+    """Each on its pinned seed, after its control. Returns (not caught on a fair stage, planted)."""
     missed = 0
-    jobs = [Job(error.seed, name, control) for name, error in PLANTED.items() for control in (True, False)]
+    errors = {name: error for name, error in PLANTED.items() if error.model == model}
+    jobs = [Job(error.seed, name, control) for name, error in errors.items() for control in (True, False)]
     results = outcomes(jobs, processes)
-    for (name, error), control, outcome in zip(PLANTED.items(), results, results, strict=True):
+    for (name, error), control, outcome in zip(errors.items(), results, results, strict=True):
         caught = caught_by(error, outcome)
         good = bool(caught) and not control.violations
         missed += not good
@@ -101,7 +108,7 @@ def planted_errors(processes: int, as_json: bool) -> int:
             print(f"UNFAIR  {what} the correct build fails too: {control.violations[:2]}")
         else:
             print(f"MISSED  {what} found only {outcome.violations[:2]}")
-    return missed
+    return missed, len(errors)
 
 
 def caught_by(error: Planted, outcome: Outcome) -> list[str]:
@@ -124,8 +131,8 @@ def search(name: str, seeds: Iterable[int], processes: int, enough: int) -> int:
     return 0 if found else 1
 
 
-def one_seed(seed: int, error: str, verbose: bool, as_json: bool) -> int:
-    outcome = run_seed(seed, PLANTED[error] if error else None, verbose=verbose)
+def one_seed(model: str, seed: int, error: str, verbose: bool, as_json: bool) -> int:
+    outcome = run_seed(seed, PLANTED[error] if error else None, verbose=verbose, model=model)
     if as_json:
         print(told(outcome))
     else:
@@ -137,6 +144,7 @@ def one_seed(seed: int, error: str, verbose: bool, as_json: bool) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.simulation.run")
+    parser.add_argument("--model", default="", choices=list(MODELS), help="both of them without it")
     parser.add_argument("--seeds", type=int, default=200, help="how many seeds of the correct build")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, default=None, help="only this seed")
@@ -152,22 +160,27 @@ def main() -> int:
     same_hashes()
     logging.disable()
     if options.seed is not None:
-        return one_seed(options.seed, options.plant, options.verbose, options.json)
+        model = options.model or "single"
+        return one_seed(model, options.seed, options.plant, options.verbose, options.json)
     seeds = range(options.start, options.start + options.seeds)
     if options.search:
         return search(options.search, seeds, options.processes, options.enough)
-    started = time.monotonic()
-    failing, missed, sums = 0, 0, Counter[str]()
-    if not options.planted:
-        failing, sums = correct_build(seeds, options.processes, options.json)
-    if not options.correct:
-        missed = planted_errors(options.processes, options.json)
-    if not options.json:
-        seconds = time.monotonic() - started
-        figures = ", ".join(f"{name} {count:,}" for name, count in sorted(sums.items()))
-        print(f"{figures}; {options.processes} processes, {seconds:.1f} s")
-        caught = f"{len(PLANTED) - missed} of {len(PLANTED)} planted errors caught"
-        print(f"simulation: {failing} failing; {caught}; {seconds:.1f} s")
+    failing = missed = 0
+    for model in [options.model] if options.model else MODELS:
+        started = time.monotonic()
+        sums = Counter[str]()
+        more_failing = more_missed = planted = 0
+        if not options.planted:
+            more_failing, sums = correct_build(model, seeds, options.processes, options.json)
+        if not options.correct:
+            more_missed, planted = planted_errors(model, options.processes, options.json)
+        failing, missed = failing + more_failing, missed + more_missed
+        if not options.json:
+            figures = ", ".join(f"{name} {count:,}" for name, count in sorted(sums.items()))
+            seconds = time.monotonic() - started
+            print(f"{figures}; {options.processes} processes, {seconds:.1f} s")
+            caught = f"{planted - more_missed} of {planted} planted errors caught"
+            print(f"simulation, {model}: {more_failing} failing; {caught}; {seconds:.1f} s", flush=True)
     return 1 if failing or missed else 0
 
 

@@ -117,7 +117,42 @@ FAULTS: Final = (
 )
 
 
-def draw(seed: int) -> Plan:
+CLUSTER_FAULTS: Final = (
+    ("cut", 4),
+    ("half_open", 2),
+    ("stall", 1),
+    ("restart_app", 2),
+    ("jitter", 1),
+    ("node_kill", 6),
+    ("node_pause", 5),
+    ("node_stop", 2),
+    ("dispatch_kill", 5),
+    ("dispatch_pause", 4),
+    ("dispatch_stop", 1),
+    ("presence_flush", 3),
+    ("flush_while_paused", 2),
+    ("presence_away", 2),
+    ("slow_presence", 1),
+    ("bus_away", 3),
+    ("slow_bus", 1),
+    ("store_away", 2),
+    ("slow_store", 1),
+)
+LENGTHS_S: Final = (0.05, 0.5, 3.0, 9.0, 14.0)
+CLUSTER_LENGTHS_S: Final = (0.05, 0.5, 3.0, 6.0, 9.0, 12.0, 16.0, 25.0)
+"""Around the ends of leases, adoptions and memberships."""
+
+
+def draw_cluster(seed: int) -> Plan:
+    """The same people and sends; faults of processes and servers, some as long as an adoption."""
+    return draw(seed, CLUSTER_FAULTS, CLUSTER_LENGTHS_S)
+
+
+def draw(
+    seed: int,
+    faults: tuple[tuple[str, int], ...] = FAULTS,
+    lengths_s: tuple[float, ...] = LENGTHS_S,
+) -> Plan:
     """The plan of a seed. Quiet runs, stormy runs, and runs with one kind of fault all occur."""
     rng = random.Random(f"plan {seed}")
     plan = Plan(seed)
@@ -193,9 +228,9 @@ def draw(seed: int) -> Plan:
     if mood < 0.08:
         kinds: tuple[str, ...] = ()
     elif mood < 0.4:
-        kinds = (rng.choice([k for k, _ in FAULTS]),) * rng.randint(1, 4)
+        kinds = (rng.choice([k for k, _ in faults]),) * rng.randint(1, 4)
     else:
-        kinds = tuple(rng.choices([k for k, _ in FAULTS], [w for _, w in FAULTS], k=rng.randint(1, 8)))
+        kinds = tuple(rng.choices([k for k, _ in faults], [w for _, w in faults], k=rng.randint(1, 8)))
     for kind in kinds:
         at = rng.uniform(WARM_UP_S, plan.end_s - 1.0)
         if plan.sends and rng.random() < 0.6:
@@ -203,7 +238,7 @@ def draw(seed: int) -> Plan:
             at = max(WARM_UP_S, rng.choice(plan.sends).at_s + rng.choice((0.0, 0.002, 0.01, 0.03, 0.1, 1.0)))
         at = min(at, plan.end_s - 0.5)
         device = rng.choice(plan.devices)
-        for_s = min(rng.choice((0.05, 0.5, 3.0, 9.0, 14.0)), plan.end_s - at)
+        for_s = min(rng.choice(lengths_s), plan.end_s - at)
         plan.faults.append(FaultPlan(at, kind, for_s, (device.user, device.device), rng.randrange(60)))
     plan.faults.sort(key=lambda f: f.at_s)
     return plan

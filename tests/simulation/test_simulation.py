@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.simulation.models import MODELS, run_seed
 from tests.simulation.planted import PLANTED
-from tests.simulation.world import run_seed
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 150
@@ -42,8 +42,9 @@ def planted_outcomes() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.timeout(LIMIT_S)
-def test_nothing_is_lost_repeated_or_out_of_order_whatever_fails() -> None:
-    outcomes = simulate("--seeds", str(SHORT_SEEDS), "--correct")
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_is_lost_repeated_or_out_of_order_whatever_fails(model: str) -> None:
+    outcomes = simulate("--model", model, "--seeds", str(SHORT_SEEDS), "--correct")
     assert len(outcomes) == SHORT_SEEDS
     assert {found["seed"]: found["violations"] for found in outcomes if found["violations"]} == {}
     assert sum(found["figures"].get("kills", 0) for found in outcomes) > SHORT_SEEDS / 4
@@ -59,14 +60,16 @@ def test_a_planted_error_is_caught_and_its_stage_is_fair(
     assert found["caught"], f"the seed shows only {found['violations']}"
 
 
-def test_the_same_seed_gives_the_same_run() -> None:
-    first, second = (run_seed(5, verbose=True) for _ in range(2))
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_seed_gives_the_same_run(model: str) -> None:
+    first, second = (run_seed(5, verbose=True, model=model) for _ in range(2))
     assert first.trace == second.trace
     assert (first.digest, first.figures) == (second.digest, second.figures)
-    assert run_seed(6).digest != first.digest
+    assert run_seed(6, model=model).digest != first.digest
 
 
-def test_another_process_gives_the_same_run() -> None:
-    (ours,) = simulate("--seed", "7")
-    (theirs,) = simulate("--seed", "7")
+@pytest.mark.parametrize("model", MODELS)
+def test_another_process_gives_the_same_run(model: str) -> None:
+    (ours,) = simulate("--model", model, "--seed", "7")
+    (theirs,) = simulate("--model", model, "--seed", "7")
     assert ours["digest"] == theirs["digest"]

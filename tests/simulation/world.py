@@ -8,27 +8,21 @@ Two loops: "server" dies and comes back, "outside" lives through the run.
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import random
-import sys
-import warnings
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastim.bus.records import Refusal, Reply
-from fastim.model import Fate, Kind, Message
-from fastim.store.base import ObligationState
-from tests.simulation.checkers import DeviceLog, Facts, Submission, check
+from tests.simulation.checkers import Facts, Submission, check
 from tests.simulation.devices import Device
 from tests.simulation.disk import Disk, ram_directory
 from tests.simulation.faults import RecordingVendor
 from tests.simulation.loop import Scheduler, SimClock, SimLoop, Stuck
 from tests.simulation.network import Network
 from tests.simulation.planted import Planted
-from tests.simulation.scenario import WARM_UP_S, FaultPlan, Plan, SendPlan, draw
+from tests.simulation.scenario import WARM_UP_S, FaultPlan, Plan, SendPlan
 from tests.simulation.server import Server, prepare_disk
 
 RESTART_S = 0.4
@@ -418,40 +412,3 @@ class World:
         for server in servers:
             server.bury()
         self.outside.bury()
-
-
-def run_seed(
-    seed: int, planted: Planted | None = None, verbose: bool = False, *, control: bool = False
-) -> Outcome:
-    """Draw, run, judge. control: the stage of a planted error without the error.
-
-    The garbage collector waits, so that it runs at the same place in every run.
-    """
-    plan = draw(seed)
-    if planted is not None and planted.plan is not None:
-        planted.plan(plan)
-    was_enabled = gc.isenabled()
-    gc.disable()
-    quiet = sys.unraisablehook
-    sys.unraisablehook = lambda _args: None
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            # A killed process leaves coroutines that never ran.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            if planted is not None and not control:
-                planted.plant(stack)
-            world = World(plan, planted, verbose)
-            outcome = world.run()
-            if verbose:
-                outcome.trace[:0] = plan.lines()
-            del world
-            gc.collect()
-    finally:
-        sys.unraisablehook = quiet
-        if was_enabled:
-            gc.enable()
-    return outcome
-
-
-__all__ = ["DeviceLog", "Fate", "Kind", "Message", "ObligationState", "Outcome", "World", "run_seed"]

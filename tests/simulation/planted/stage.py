@@ -21,16 +21,21 @@ class Planted:
     seed: int
     plant: Callable[[ExitStack], None]
     plan: Callable[[Plan], None] | None = None
+    model: str = "single"
 
 
 PLANTED: dict[str, Planted] = {}
 
 
 def planted(
-    name: str, kinds: tuple[str, ...], seed: int, plan: Callable[[Plan], None] | None = None
+    name: str,
+    kinds: tuple[str, ...],
+    seed: int,
+    plan: Callable[[Plan], None] | None = None,
+    model: str = "single",
 ) -> Callable[[Callable[[ExitStack], None]], Callable[[ExitStack], None]]:
     def register(plant: Callable[[ExitStack], None]) -> Callable[[ExitStack], None]:
-        PLANTED[name] = Planted(name, (plant.__doc__ or "").strip(), kinds, seed, plant, plan)
+        PLANTED[name] = Planted(name, (plant.__doc__ or "").strip(), kinds, seed, plant, plan, model)
         return plant
 
     return register
