@@ -13,6 +13,7 @@ from fastim._core.conn import CoreHub
 from fastim._core.wheel import Wheel
 from fastim.app.ground import Ground, named
 from fastim.auth import Scope
+from fastim.clock import SystemClock
 from fastim.config import Config, split_address
 from fastim.errors import Fenced, Unavailable
 from fastim.node.limits import NodeLimits
@@ -138,6 +139,18 @@ class Access:
 
     def waiting_for(self) -> Mapping[str, bool]:
         return {"node": self.node.ready}
+
+
+def prepare_development(config: Config) -> None:
+    """Make what --dev makes before several processes would make it at once."""
+    if not config.dev:
+        return
+    ground = Ground(config, SystemClock(), lambda error: None)
+    ground.make_directory()
+    _ = ground.authenticator
+    seal_keys(config)
+    if not config.node.plain and not config.node.tls_cert:
+        dev_certificate(config.data_path)
 
 
 def node_limits(config: Config) -> NodeLimits:

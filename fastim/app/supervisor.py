@@ -27,6 +27,7 @@ from typing import Final
 import uvloop
 
 from fastim import observe
+from fastim.app.access import prepare_development
 from fastim.config import Config, split_address
 from fastim.errors import UsageError
 
@@ -48,6 +49,7 @@ Command = Callable[[int, str], Sequence[str]]
 def supervise(config: Config, command: Command) -> int:
     """Keep node.workers workers running until a signal; returns the exit code. Raises UsageError."""
     observe.set_up_logging(config.log.level, as_json=config.log.as_json)
+    prepare_development(config)
     held, address = _hold(config.node.listen)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

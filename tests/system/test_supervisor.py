@@ -24,7 +24,7 @@ import sys
 from fastim.app import supervisor
 from fastim.config import load
 supervisor.BACKOFF_FIRST_S = 0.01
-config = load({{"dev": True, "node": {{"workers": {workers}, "listen": "127.0.0.1:0"}}}})
+config = load({{"dev": True, "data_dir": "data", "node": {{"workers": {workers}, "listen": "127.0.0.1:0"}}}})
 worker = [sys.executable, "-c", {worker!r}]
 sys.exit(supervisor.supervise(config, lambda number, address: [*worker, str(number), address]))
 """
@@ -135,12 +135,13 @@ def test_second_signal_ends_workers_that_do_not_leave(tmp_path: Path) -> None:
     assert run.process.wait(20) == 128 + signal.SIGTERM
 
 
-def test_address_that_somebody_has_is_refused() -> None:
+def test_address_that_somebody_has_is_refused(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         listen = f"127.0.0.1:{held.getsockname()[1]}"
         with pytest.raises(UsageError, match="cannot listen"):
             supervisor.supervise(
-                load({"dev": True, "node": {"workers": 2, "listen": listen}}), lambda n, a: []
+                load({"dev": True, "data_dir": str(tmp_path), "node": {"workers": 2, "listen": listen}}),
+                lambda number, address: [],
             )
 
 
