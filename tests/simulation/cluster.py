@@ -50,10 +50,12 @@ class ClusterNetwork(Network):
     def __init__(self, outside: SimLoop, rng: random.Random) -> None:
         super().__init__(outside, rng)
         self.hubs: dict[str, SimHub] = {}
+        self.placed: dict[str, str] = {}
 
     def dial(self, who: tuple[str, str], client: End, rtt_s: float) -> Wire | None:
-        listening = [hub for hub in self.hubs.values() if hub.accept is not None and not hub.loop.dead]
-        self.hub = self.rng.choice(listening) if listening else None
+        listening = {name: hub for name, hub in self.hubs.items() if hub.accept is not None}
+        anywhere = self.rng.choice(list(listening.values())) if listening else None
+        self.hub = listening.get(self.placed.get(who[0], ""), anywhere)
         return super().dial(who, client, rtt_s)
 
     def dead(self) -> list[str]:
@@ -75,6 +77,7 @@ class Cluster(World):
     def __init__(self, plan: Plan, planted: Planted | None, verbose: bool) -> None:
         super().__init__(plan, planted, verbose)
         self.network: ClusterNetwork = ClusterNetwork(self.outside, random.Random(f"network {plan.seed}"))
+        self.network.placed = plan.placed
         self.servers = self.scheduler.loop("servers")
         self.store_outage = Outage(StoreUnavailable, may_be_done=False)
         self.presence_outage = Outage(PresenceUnavailable, may_be_done=True)
@@ -91,6 +94,8 @@ class Cluster(World):
         """(inbox, dispatcher) of the inbox readers that dispatchers have opened."""
         self.seen: list[str] = []
         """Violations that only show while they happen."""
+        self._adopter = ""
+        self._presence_left_at = -1e9
         self._traps: dict[SimLoop, tuple[int, Process]] = {}
         self._zombies: dict[str, float] = {}
 
@@ -155,8 +160,12 @@ class Cluster(World):
         async def fence(node: str, boot: int, holder: str, now_ms: int, claim_ms: int) -> bool:
             known = await self.store.fenced(node, boot)
             done = bool(await inner(node, boot, holder, now_ms, claim_ms))
+            if done:
+                self._adopter = holder.partition(".")[0]
             if done and not known:
                 self.say(f"{holder} fences {node} boot {boot}")
+                if self.presence_outage.away and self.scheduler.now > self._presence_left_at + 1.0:
+                    self.seen.append(f"fence: {node} boot {boot} was fenced while presence did not answer")
                 process = self.boots.get((node, boot))
                 there = process is not None and self.processes.get(node) is process and process.boot == boot
                 if there and process is not None and process.ready and self._was_there(process):
@@ -211,6 +220,9 @@ class Cluster(World):
     def fault_dispatch_kill(self, fault: FaultPlan) -> None:
         self._crash(self._one_of(DISPATCHERS, fault), fault.number * 2)
 
+    def fault_adopter_kill(self, fault: FaultPlan) -> None:
+        self._crash(self.processes.get(self._adopter), fault.number * 2)
+
     def _pause(self, process: Process | None, for_s: float) -> None:
         if process is not None and not process.loop.paused:
             process.loop.paused = True
@@ -260,6 +272,7 @@ class Cluster(World):
         self._outage(self.store_outage, "away", True, fault)
 
     def fault_presence_away(self, fault: FaultPlan) -> None:
+        self._presence_left_at = self.scheduler.now
         self._outage(self.presence_outage, "away", True, fault)
 
     def fault_bus_away(self, fault: FaultPlan) -> None:

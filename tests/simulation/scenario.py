@@ -79,6 +79,8 @@ class Plan:
     sends: list[SendPlan] = field(default_factory=list)
     faults: list[FaultPlan] = field(default_factory=list)
     triggers: list[Trigger] = field(default_factory=list)
+    placed: dict[str, str] = field(default_factory=dict)
+    """User -> the node that is dialled while it listens (of a cluster; others dial any)."""
     end_s: float = 30.0
     """No fault and no send after this; then everything must settle."""
     settle_s: float = 260.0

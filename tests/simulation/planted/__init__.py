@@ -5,7 +5,7 @@ violations (checkers.py) that count as catching it. Each has a directed nemesis,
 error matters, because most of them are rare under random faults; the seed draws its timing.
 """
 
-from tests.simulation.planted import device, dispatch, node, store
+from tests.simulation.planted import cluster, device, dispatch, node, store
 from tests.simulation.planted.stage import PLANTED, Planted
 
-__all__ = ["PLANTED", "Planted", "device", "dispatch", "node", "store"]
+__all__ = ["PLANTED", "Planted", "cluster", "device", "dispatch", "node", "store"]

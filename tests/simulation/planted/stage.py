@@ -96,6 +96,19 @@ def stage(
     return bend
 
 
+def cluster_stage(
+    *faults: FaultPlan, placed: dict[str, str] | None = None, **more: Any
+) -> Callable[[Plan], None]:
+    """The same in a cluster: a dials n2 and b n1, while they listen. number of a fault: 0 is n1 or d1."""
+    bend = stage(*faults, **more)
+
+    def bend_and_place(plan: Plan) -> None:
+        bend(plan)
+        plan.placed = {"a": "n2", "b": "n1"} if placed is None else placed
+
+    return bend_and_place
+
+
 def dead_then_killed(at_s: float) -> Callable[[Plan], None]:
     """b's connection is dead and nobody knows; a message is written to it; the server is killed."""
     return stage(
