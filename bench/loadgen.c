@@ -1,7 +1,7 @@
 /* Drive many fastim clients from one spinning thread and measure what they see.
  *
  *   loadgen HOST PORT PATH PLAN [--warm-s N] [--closed-s N] [--open-s N] [--rate R] [--window W]
- *           [--body BYTES] [--cpu N] [--pids P,P] [--drain-s N] [--origin TEXT]
+ *           [--body BYTES] [--cpu N] [--pids P,P] [--drain-s N] [--origin TEXT] [--calls-s N --calls-event ID]
  *
  * PLAN lines:  c <device> <token>     a connection; the first is number 0
  *              v <conv> <a> <b>       a 1:1 conversation between connections a and b
@@ -12,12 +12,17 @@
  * repetition and inversion by itself. Acks are cumulative, every 32 tagged frames or 200 ms.
  *
  * One JSON line per phase on stdout; exit 1 when a client was lost or anything was lost, repeated or out of order.
- * The server's CPU time is read from /proc/<pid>/stat when a phase begins and when everything of it is acked.
+ * The server's CPU time is read from /proc/<pid>/stat when a phase begins and when everything of it is acked; what
+ * neither it nor we used meanwhile is "others_cores". The system calls of the server's threads are counted in a
+ * closed phase of its own, for counting costs something; ID is the kernel's number of raw_syscalls:sys_enter. Where
+ * the kernel does not let us count, there is none of it.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <dirent.h>
 #include <fcntl.h>
+#include <linux/perf_event.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -30,19 +35,23 @@
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "wire.h"
 
 enum {
     MAX_CONNS = 20000,
     MAX_PIDS = 64,
+    MAX_THREADS = 1024,
     READ_BYTES = 1 << 18,
     PACKET_BYTES = 65536 + 64,
     ACK_FRAMES = 32,
     BODY_HEAD = 25,
     HISTOGRAM = 64 * 64,
 };
-static const uint64_t SECOND = 1000000000ull, ACK_NS = 200000000ull, BEAT_NS = 9000000000ull;
+static const uint64_t ACK_NS = 200000000ull, BEAT_NS = 9000000000ull;
 
 /* ------------------------------------------------------------------------------------------------- state */
 
@@ -128,13 +137,6 @@ static void *grow(void *memory, size_t bytes)
     return grown;
 }
 
-static uint64_t clock_ns(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
-}
-
 static uint64_t random64(void)
 {
     random_state ^= random_state << 13;
@@ -196,145 +198,6 @@ static uint64_t ring_pop(Ring *ring)
     ring->head = (ring->head + 1) % ring->room;
     ring->used--;
     return value;
-}
-
-/* ----------------------------------------------------------------------------------------------- msgpack */
-
-typedef struct {
-    const uint8_t *at, *end;
-    bool bad;
-} Reader;
-
-static uint64_t take(Reader *r, int bytes)
-{
-    uint64_t value = 0;
-    if (r->end - r->at < bytes) {
-        r->bad = true;
-        r->at = r->end;
-        return 0;
-    }
-    while (bytes--)
-        value = value << 8 | *r->at++;
-    return value;
-}
-
-static uint64_t read_uint(Reader *r)
-{
-    uint64_t lead = take(r, 1);
-    if (lead < 0x80)
-        return lead;
-    if (lead >= 0xcc && lead <= 0xcf)
-        return take(r, 1 << (lead - 0xcc));
-    if (lead == 0xc2 || lead == 0xc3)
-        return lead == 0xc3;
-    r->bad = true;
-    return 0;
-}
-
-static uint32_t read_array(Reader *r)
-{
-    uint64_t lead = take(r, 1);
-    if ((lead & 0xf0) == 0x90)
-        return lead & 0x0f;
-    if (lead == 0xdc)
-        return (uint32_t)take(r, 2);
-    if (lead == 0xdd)
-        return (uint32_t)take(r, 4);
-    r->bad = true;
-    return 0;
-}
-
-static const uint8_t *read_bytes(Reader *r, uint32_t *length)
-{
-    uint64_t lead = take(r, 1), n = 0;
-    if ((lead & 0xe0) == 0xa0)
-        n = lead & 0x1f;
-    else if (lead == 0xc4 || lead == 0xd9)
-        n = take(r, 1);
-    else if (lead == 0xc5 || lead == 0xda)
-        n = take(r, 2);
-    else if (lead == 0xc6 || lead == 0xdb)
-        n = take(r, 4);
-    else
-        r->bad = true;
-    if ((uint64_t)(r->end - r->at) < n) {
-        r->bad = true;
-        n = 0;
-    }
-    const uint8_t *bytes = r->at;
-    r->at += n;
-    *length = (uint32_t)n;
-    return bytes;
-}
-
-static void skip_value(Reader *r, int depth)
-{
-    if (r->at >= r->end || depth > 8) {
-        r->bad = true;
-        return;
-    }
-    uint8_t lead = *r->at;
-    uint32_t n = 0;
-    if (lead < 0x80 || lead >= 0xe0 || lead == 0xc0 || lead == 0xc2 || lead == 0xc3) {
-        r->at++;
-    } else if ((lead & 0xf0) == 0x90 || lead == 0xdc || lead == 0xdd) {
-        n = read_array(r);
-        while (n-- && !r->bad)
-            skip_value(r, depth + 1);
-    } else if ((lead & 0xf0) == 0x80) {
-        r->at++;
-        for (n = 2u * (lead & 0x0f); n-- && !r->bad;)
-            skip_value(r, depth + 1);
-    } else if ((lead >= 0xcc && lead <= 0xcf) || (lead >= 0xd0 && lead <= 0xd3)) {
-        r->at++;
-        take(r, 1 << (lead & 3));
-    } else if (lead == 0xca || lead == 0xcb) {
-        r->at++;
-        take(r, lead == 0xca ? 4 : 8);
-    } else {
-        read_bytes(r, &n);
-    }
-}
-
-static uint8_t *put_uint(uint8_t *at, uint64_t value)
-{
-    if (value < 0x80) {
-        *at++ = (uint8_t)value;
-        return at;
-    }
-    int bytes = value <= 0xff ? 1 : value <= 0xffff ? 2 : value <= 0xffffffffull ? 4 : 8;
-    *at++ = (uint8_t)(0xcc + __builtin_ctz((unsigned)bytes));
-    while (bytes--)
-        *at++ = (uint8_t)(value >> (8 * bytes));
-    return at;
-}
-
-static uint8_t *put_text(uint8_t *at, const char *text, size_t length)
-{
-    if (length < 32) {
-        *at++ = (uint8_t)(0xa0 | length);
-    } else if (length < 256) {
-        *at++ = 0xd9;
-        *at++ = (uint8_t)length;
-    } else {
-        *at++ = 0xda;
-        *at++ = (uint8_t)(length >> 8);
-        *at++ = (uint8_t)length;
-    }
-    memcpy(at, text, length);
-    return at + length;
-}
-
-static uint8_t *put_bin_head(uint8_t *at, size_t length)
-{
-    if (length < 256) {
-        *at++ = 0xc4;
-    } else {
-        *at++ = 0xc5;
-        *at++ = (uint8_t)(length >> 8);
-    }
-    *at++ = (uint8_t)length;
-    return at;
 }
 
 /* ------------------------------------------------------------------------------------------------ output */
@@ -434,7 +297,7 @@ static void send_ack(Conn *c)
 {
     uint8_t frame[8], *at = frame;
     *at++ = 0x92;
-    *at++ = 3;
+    *at++ = ACK;
     at = put_uint(at, c->tag);
     queue_ws(c, 2, frame, (size_t)(at - frame));
     c->acked_tag = c->tag;
@@ -454,7 +317,7 @@ static void send_message(Conn *c, Conv *v, int side)
     c->outstanding++;
     uint8_t *at = frame;
     *at++ = 0x93;
-    *at++ = 5;
+    *at++ = SEND;
     at = put_text(at, v->name, v->length);
     *at++ = 0x91;
     *at++ = 0x93;
@@ -640,23 +503,23 @@ static void on_frame(Conn *c, Reader *r)
         return;
     }
     switch (op) {
-    case 32:
+    case MSG:
         on_msg(c, r);
         break;
-    case 33:
+    case SENT:
         on_sent(c, r);
         break;
-    case 34: /* SKIP */
+    case SKIP:
         count.skips++;
         tagged(c, read_uint(r));
         break;
-    case 35: /* HELLO */
+    case HELLO:
         if (c->state == AUTHENTICATING) {
             c->state = READY;
             ready_conns++;
         }
         break;
-    case 37: { /* ERROR */
+    case ERROR: {
         uint32_t length;
         read_uint(r);
         const uint8_t *code = read_bytes(r, &length);
@@ -665,12 +528,12 @@ static void on_frame(Conn *c, Reader *r)
                     (const char *)code);
         break;
     }
-    case 38: /* LEVEL */
-    case 44: /* HEAD */
+    case LEVEL:
+    case HEAD:
         tagged(c, read_uint(r));
         break;
-    case 43: { /* PROBE */
-        static const uint8_t ping[] = {0x91, 2};
+    case PROBE: {
+        static const uint8_t ping[] = {0x91, PING};
         queue_ws(c, 2, ping, sizeof ping);
         break;
     }
@@ -702,7 +565,7 @@ static uint32_t on_input(Conn *c, const uint8_t *bytes, uint32_t length)
         static uint8_t frame[PACKET_BYTES];
         uint8_t *at = frame;
         *at++ = 0x96;
-        *at++ = 1;
+        *at++ = AUTH;
         *at++ = 1;
         *at++ = 1;
         at = put_text(at, c->token, strlen(c->token));
@@ -832,7 +695,7 @@ static void sweep(void)
         if (c->unacked && mono_now - c->unacked_since >= ACK_NS - SECOND / 50)
             send_ack(c);
         if (mono_now - c->last_write > BEAT_NS) {
-            static const uint8_t ping[] = {0x91, 2};
+            static const uint8_t ping[] = {0x91, PING};
             queue_ws(c, 2, ping, sizeof ping);
         }
     }
@@ -913,6 +776,60 @@ static uint64_t server_cpu_us(void)
     return ticks * 1000000ull / (uint64_t)sysconf(_SC_CLK_TCK);
 }
 
+/* What all processors were busy with, in microseconds: without idle, waiting for the disk, and what was stolen. */
+static uint64_t machine_cpu_us(void)
+{
+    unsigned long long user, nice, sys, idle, wait, irq, soft;
+    FILE *file = fopen("/proc/stat", "r");
+    int n = file ? fscanf(file, "cpu %llu %llu %llu %llu %llu %llu %llu", &user, &nice, &sys, &idle, &wait, &irq,
+                          &soft) : 0;
+    if (file)
+        fclose(file);
+    return n == 7 ? (user + nice + sys + irq + soft) * 1000000ull / (uint64_t)sysconf(_SC_CLK_TCK) : 0;
+}
+
+static uint64_t own_cpu_us(void) { return clock_ns(CLOCK_PROCESS_CPUTIME_ID) / 1000; }
+
+static int counters[MAX_THREADS], n_counters;
+
+/* Begin to count the event in every thread of the server, and in those that they start; false: we may not. */
+static bool count_calls(uint64_t event)
+{
+    for (int i = 0; i < n_pids; i++) {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/task", pids[i]);
+        DIR *tasks = opendir(path);
+        if (!tasks)
+            die("the server (process %d) is gone", pids[i]);
+        for (struct dirent *entry; (entry = readdir(tasks));) {
+            struct perf_event_attr attr = {
+                .type = PERF_TYPE_TRACEPOINT, .size = sizeof attr, .config = event, .inherit = 1};
+            int tid = atoi(entry->d_name);
+            if (tid <= 0 || n_counters == MAX_THREADS)
+                continue;
+            long fd = syscall(SYS_perf_event_open, &attr, tid, -1, -1, PERF_FLAG_FD_CLOEXEC);
+            if (fd < 0) {
+                fprintf(stderr, "loadgen: system calls cannot be counted: %s\n", strerror(errno));
+                closedir(tasks);
+                return false;
+            }
+            counters[n_counters++] = (int)fd;
+        }
+        closedir(tasks);
+    }
+    return true;
+}
+
+/* How many there were; ends the count. */
+static uint64_t counted_calls(void)
+{
+    uint64_t sum = 0, n;
+    for (; n_counters > 0; close(counters[n_counters]))
+        if (read(counters[--n_counters], &n, sizeof n) == sizeof n)
+            sum += n;
+    return sum;
+}
+
 static void run_for(uint64_t ns, uint64_t rate, uint64_t *first_offer)
 {
     uint64_t start = clock_ns(CLOCK_MONOTONIC), end = start + ns, offered = *first_offer;
@@ -963,7 +880,8 @@ static bool drain(void)
     return level;
 }
 
-static bool phase(const char *name, double warm_s, double seconds, uint64_t rate, double *reached)
+static bool phase(const char *name, double warm_s, double seconds, uint64_t rate, uint64_t calls_event,
+                  double *reached)
 {
     uint64_t first = 0;
     count = zero;
@@ -971,12 +889,15 @@ static bool phase(const char *name, double warm_s, double seconds, uint64_t rate
         run_for((uint64_t)(warm_s * 1e9), rate, &first);
     count = zero;
     busy_ns = 0;
+    if (calls_event && !count_calls(calls_event))
+        return true;
+    uint64_t others = machine_cpu_us() - own_cpu_us();
     uint64_t cpu_start = server_cpu_us(), start = clock_ns(CLOCK_MONOTONIC);
     run_for((uint64_t)(seconds * 1e9), rate, &first);
     uint64_t cpu_end = server_cpu_us(), took = clock_ns(CLOCK_MONOTONIC) - start, busy = busy_ns;
+    others = machine_cpu_us() - own_cpu_us() - others - (cpu_end - cpu_start);
+    uint64_t calls = counted_calls();
     uint64_t accepted = count.accepted, delivered = count.delivered;
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
     bool drained = drain();
     uint64_t cpu_drained = server_cpu_us();
     uint64_t lost = 0, uneven = 0;
@@ -992,7 +913,7 @@ static bool phase(const char *name, double warm_s, double seconds, uint64_t rate
     *reached = (double)accepted / ((double)took / 1e9);
     printf("{\"phase\":\"%s\",\"rate\":%llu,\"seconds\":%.3f,\"accepted\":%llu,\"delivered\":%llu,"
            "\"messages_per_s\":%.0f,\"cpu_us_per_message\":%.2f,\"cpu_us_until_acked\":%.2f,"
-           "\"server_cores\":%.3f,"
+           "\"server_cores\":%.3f,\"others_cores\":%.3f,\"calls_per_message\":%.3f,"
            "\"sent_p50_ms\":%.3f,\"sent_p99_ms\":%.3f,\"msg_p50_ms\":%.3f,\"msg_p99_ms\":%.3f,"
            "\"msg_p999_ms\":%.3f,\"generator_busy\":%.3f,\"packets_in\":%llu,\"packets_out\":%llu,"
            "\"acks\":%llu,\"connections\":%d,\"drained\":%s,\"lost\":%llu,\"uneven\":%llu,\"repeats\":%llu,"
@@ -1002,7 +923,8 @@ static bool phase(const char *name, double warm_s, double seconds, uint64_t rate
            (unsigned long long)delivered, *reached,
            accepted ? (double)(cpu_end - cpu_start) / (double)accepted : 0,
            count.accepted ? (double)(cpu_drained - cpu_start) / (double)count.accepted : 0,
-           (double)(cpu_end - cpu_start) * 1e3 / (double)took,
+           (double)(cpu_end - cpu_start) * 1e3 / (double)took, (double)(int64_t)others * 1e3 / (double)took,
+           accepted ? (double)calls / (double)accepted : 0,
            quantile_ms(count.sent_ns, 0.5), quantile_ms(count.sent_ns, 0.99), quantile_ms(count.msg_ns, 0.5),
            quantile_ms(count.msg_ns, 0.99), quantile_ms(count.msg_ns, 0.999), (double)busy / (double)took,
            (unsigned long long)count.packets_in, (unsigned long long)count.packets_out,
@@ -1081,8 +1003,8 @@ int main(int argc, char **argv)
 {
     if (argc < 5)
         die("usage: loadgen HOST PORT PATH PLAN [--warm-s N] [--closed-s N] [--open-s N] [--rate R] ...");
-    double warm_s = 1, closed_s = 5, open_s = 0, reached = 0;
-    uint64_t rate = 0;
+    double warm_s = 1, closed_s = 5, open_s = 0, calls_s = 0, reached = 0, unused;
+    uint64_t rate = 0, calls_event = 0;
     int cpu = -1;
     const char *origin = "";
     for (int i = 5; i + 1 < argc; i += 2) {
@@ -1093,6 +1015,10 @@ int main(int argc, char **argv)
             closed_s = atof(value);
         else if (!strcmp(argv[i], "--open-s"))
             open_s = atof(value);
+        else if (!strcmp(argv[i], "--calls-s"))
+            calls_s = atof(value);
+        else if (!strcmp(argv[i], "--calls-event"))
+            calls_event = (uint64_t)atoll(value);
         else if (!strcmp(argv[i], "--rate"))
             rate = (uint64_t)atoll(value);
         else if (!strcmp(argv[i], "--window"))
@@ -1130,13 +1056,14 @@ int main(int argc, char **argv)
     connect_all(argv[1], atoi(argv[2]), argv[3], origin);
     bool good = true;
     if (closed_s > 0)
-        good = phase("closed", warm_s, closed_s, 0, &reached);
+        good = phase("closed", warm_s, closed_s, 0, 0, &reached);
     if (good && open_s > 0) {
         if (!rate)
             rate = (uint64_t)(reached / 2);
-        double paced;
-        good = phase("open", warm_s / 2, open_s, rate, &paced);
+        good = phase("open", warm_s / 2, open_s, rate, 0, &unused);
     }
+    if (good && calls_s > 0 && calls_event)
+        good = phase("calls", warm_s / 4, calls_s, 0, calls_event, &unused);
     for (int i = 0; i < n_conns; i++) {
         static const uint8_t normal[] = {0x03, 0xe8};
         if (conns[i].state == READY)
