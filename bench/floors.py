@@ -198,6 +198,25 @@ def echo_floor(
     return {"cpu_us": round(statistics.median(found) * 1e6, 4), "client_busy": max(busy)}
 
 
+def send_floor(conns: int, size: int, rounds: int = 3, pair: tuple[str, str] | None = None) -> float:
+    """F0: CPU µs of one send of `size` bytes in all, to each of `conns` connections in turn; the median."""
+    memo = Memo()
+    (port,) = free_ports(1)
+    try:
+        with floor("fanout", port, conns, size, memo.path, *(pair or ()), cpu=SERVER_CPU) as server:
+            words = (port, conns, memo.path, *(("tls",) if pair else ()))
+            with floor("drain", *words, cpu=CLIENT_CPU):
+                server.read()
+                each = max(4, 100_000 // conns)
+                server.ask(f"rounds {max(4, each // 10)} 1")
+                found = [server.ask(f"rounds {each} 1") for _ in range(rounds)]
+        if memo["lost"] or not all(answer["drained"] for answer in found):
+            raise BenchError("the floor's clients did not get everything")
+        return round(statistics.median(answer["cpu_us_per_send"] for answer in found), 4)
+    finally:
+        memo.close()
+
+
 def _slab_kb() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("Slab:"):

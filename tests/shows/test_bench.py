@@ -14,15 +14,18 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc was not 
 
 
 @needs_gcc
-def test_road_loses_nothing_and_its_audit_is_clean(tmp_path: Path) -> None:
+def test_road_loses_nothing_and_its_audits_are_clean(tmp_path: Path) -> None:
     out = tmp_path / "road.json"
-    code = main(["road", "--short", "--no-pin", "--seconds", "1.5", "--json", str(out)])
+    words = ["road", "--short", "--no-pin", "--clients", "100", "--seconds", "1", "--json", str(out)]
+    code = main(words)
     result = json.loads(out.read_text())
-    # A generator that shares its core is busy; that voids figures, not this test.
-    failures = [text for text in result["failures"] if "generator was busy" not in text]
-    assert failures == []
+    # A generator that shares its core is busy, and so may the machine be; that voids figures, not this test.
+    assert [row["wrong"] for row in result["rows"]] == [[], [], []], out.read_text()
     assert code == bool(result["failures"])
-    assert [phase["phase"] for phase in result["phases"]] == ["closed", "open"]
+    assert [row["name"] for row in result["rows"]] == ["S4", "S4d", "S4d, fsync + 5 ms"]
+    for row in result["rows"]:
+        assert [phase["phase"] for phase in row["phases"]][:2] == ["closed", "open"]
+        assert row["ratio"] > 1
 
 
 def test_recovery_stands_for_everything_that_was_unsettled(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from bench import fanout
+from bench.__main__ import main
 from bench.fanout import Row, judged, measure, rows
 from bench.floors import BenchError, Child, Memo, certificate, floor
 from bench.server import free_ports
@@ -86,6 +88,19 @@ def test_the_scenarios_are_those_of_the_table() -> None:
     ]  # fmt: skip
     assert plain[5] == (1_000, 20, 0, 0, 0.9)
     assert {row.gate for row in rows(tls=True, short=False)} == {0.8}
+
+
+@pytest.mark.parametrize(("cpu", "code"), [(2.1, 0), (2.4, 1)], ids=["at gate", "below"])
+def test_the_exit_code_says_whether_every_gate_was_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cpu: float, code: int
+) -> None:
+    def answer(members: int, todo: list[Row], *rest: object) -> list[dict[str, Any]]:
+        found = SERVER | {"cpu_us_per_send": cpu, "members": members}
+        return [judged(row, [FLOOR], [found], short=False) for row in todo]
+
+    monkeypatch.setattr(fanout, "measure", answer)
+    assert main(["fanout", "--only", "plain"]) == code
+    assert ("FAILED: S1, 10000: 0.833 of the floor" in capsys.readouterr().out) is (code == 1)
 
 
 @needs_gcc
