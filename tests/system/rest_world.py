@@ -32,7 +32,7 @@ KEY = SigningKey("test", "k1", Algorithm.HS256, secrets.token_bytes(32))
 BOOT = 3
 
 
-def token(user: str, *scopes: Scope, ttl_s: int = 600, now_s: int | None = None) -> str:
+def token(user: str, *scopes: Scope, ttl_s: int = 7_200, now_s: int | None = None) -> str:
     now = int(time.time()) if now_s is None else now_s
     return mint(KEY, user, scopes or (Scope.CLIENT,), audience="fastim", ttl_s=ttl_s, now_s=now)
 

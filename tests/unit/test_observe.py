@@ -104,7 +104,7 @@ def test_secret_in_an_exception_is_redacted_and_the_traceback_stays(log: Log) ->
 
 
 @pytest.mark.parametrize(
-    "library", ["httpx", "httpcore.http11", "aiokafka.conn", "redis", "asyncpg", "asyncio"]
+    "library", ["httpx", "httpcore.http11", "aiokafka.admin.client", "redis", "asyncpg", "asyncio"]
 )
 def test_libraries_are_heard_from_warning_on(log: Log, library: str) -> None:
     """Below that they log the URL of each call (a webhook's may hold a secret), headers and bodies."""
