@@ -1,13 +1,15 @@
-"""python -m bench road | recovery | core | fanout | idle: see the modules, and results/README.md."""
+"""python -m bench road | recovery | core | fanout | idle | storm: see the modules, and results/README.md."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import core, fanout, idle, recovery, road
+from bench import core, fanout, idle, recovery, road, storm
 
-COMMANDS = {"road": road, "recovery": recovery, "core": core, "fanout": fanout, "idle": idle}
+COMMANDS = {
+    "road": road, "recovery": recovery, "core": core, "fanout": fanout, "idle": idle, "storm": storm,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

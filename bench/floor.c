@@ -14,6 +14,7 @@
  *   echo     anything           what was counted since the start
  *   sit      connect            dial whoever is not connected; answers when all are in
  *            silence K          the first K say nothing more
+ *            talk R             from now on R messages a second, by those whose line names a conversation, in turns
  *            drop               end every connection without a word
  *            report             what was seen since the last report
  *
@@ -22,7 +23,9 @@
  * control of our sockets (cubic unless set; empty: the system's).
  *
  * PLAN holds a line per connection: AUTH in hex, without its array header, up to and with the device class; then the
- * session, the tag and the cursor that the server told follow (docs/protocol.md). With `echo` the server is ours.
+ * session, the tag and the cursor that the server told follow (docs/protocol.md). A conversation may stand behind it.
+ * A message's latency is from the moment it was meant to leave until its MSG, by whoever of us gets it. With `echo`
+ * the server is ours.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -518,7 +521,7 @@ static void pound(int port, int n, double seconds, size_t bytes, bool tls) {
 /* --------------------------------------------------------------------------- clients that log in and sit */
 
 enum { ENTRY_S = 60, RETRY_S = 1, STEPS = 64, HISTOGRAM = STEPS * 64 };
-enum { AUTH = 1, PING = 2, ACK = 3, MSG = 32, SENT = 33, SKIP = 34, HELLO = 35, PONG = 36, ERROR = 37, LEVEL = 38,
+enum { AUTH = 1, PING = 2, ACK = 3, SEND = 5, MSG = 32, SENT = 33, SKIP = 34, HELLO = 35, PONG = 36, ERROR = 37, LEVEL = 38,
        PROBE = 43, HEAD = 44 };
 
 typedef struct {
@@ -526,7 +529,7 @@ typedef struct {
     bool silent;
     uint16_t auth_bytes, kept_bytes;
     uint8_t *auth, *kept; /* kept: the beginning of a frame */
-    char session[65];
+    char session[65], *conv;
     uint32_t tag, acked;
     uint64_t cursor, dialed_ns, sent_ns, ping_ns;
     int next; /* who beats in the same millisecond */
@@ -542,11 +545,13 @@ static struct {
     int in, on_the_way;
     bool connecting;
     uint64_t begin_ns;
+    int speaker; /* the last who spoke */
+    uint64_t speak_every_ns, speak_at_ns;
 } room;
 static struct {
-    uint64_t beats, pongs, probes, errors, evicted, lost, retries, fresh, hot, cold;
+    uint64_t beats, pongs, probes, errors, evicted, lost, retries, fresh, hot, cold, spoken, heard;
     double evicted_min_s, evicted_max_s;
-    uint32_t rtt[HISTOGRAM], entry[HISTOGRAM];
+    uint32_t rtt[HISTOGRAM], entry[HISTOGRAM], msg[HISTOGRAM];
 } seen;
 
 static void note(uint32_t *histogram, uint64_t us) {
@@ -645,6 +650,58 @@ static void say_auth(int i) {
     say(i, packet, (size_t)(at - packet));
 }
 
+static uint8_t *put_bytes(uint8_t *at, const void *p, size_t n) {
+    *at++ = 0xc4, *at++ = (uint8_t)n;
+    memcpy(at, p, n);
+    return at + n;
+}
+
+/* One message of eight bytes: when it was meant to leave. */
+static void speak(int i, uint64_t due_ns) {
+    Sitter *s = &sitters[i];
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    uint64_t ms = (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000, body = due_ns;
+    uint8_t packet[256], *at = packet, id[16] = {0};
+    size_t n = strlen(s->conv);
+    for (int b = 0; b < 6; b++) id[b] = (uint8_t)(ms >> (40 - 8 * b));
+    id[6] = 0x70, id[8] = 0x80; /* a UUIDv7, told apart by who and when */
+    memcpy(id + 9, &i, 3);
+    memcpy(id + 12, &seen.spoken, 4);
+    *at++ = 0x93, *at++ = SEND, *at++ = 0xd9, *at++ = (uint8_t)n;
+    memcpy(at, s->conv, n);
+    at += n;
+    *at++ = 0x91, *at++ = 0x93;
+    at = put_bytes(at, id, sizeof id);
+    *at++ = 1;
+    at = put_bytes(at, &body, sizeof body);
+    say(i, packet, (size_t)(at - packet));
+    seen.spoken++;
+}
+
+static void speak_up(uint64_t now_ns) {
+    for (; room.speak_every_ns && room.speak_at_ns <= now_ns; room.speak_at_ns += room.speak_every_ns) {
+        for (int tried = 0; tried < room.count; tried++) {
+            room.speaker = (room.speaker + 1) % room.count;
+            if (sitters[room.speaker].conv == NULL || sitters[room.speaker].state != IN) continue;
+            speak(room.speaker, room.speak_at_ns);
+            break;
+        }
+    }
+}
+
+static void heard(Reader *r) {
+    uint64_t bytes, fields, due_ns;
+    bool dup = number(r) != 0;
+    for (int field = 0; field < 11; field++) step_over(r); /* id, conv, seq, cseq, epoch, from, ... flags */
+    value(r, &bytes, &fields);
+    if (bytes != sizeof due_ns) return;
+    memcpy(&due_ns, r->at, sizeof due_ns);
+    if (dup) return;
+    seen.heard++;
+    note(seen.msg, (now_ns() - due_ns) / 1000);
+}
+
 static void leave(int i) {
     Sitter *s = &sitters[i];
     if (s->state == IN) room.in--;
@@ -675,7 +732,7 @@ static void ended(int i, int code) {
         seen.evicted++;
         if (!s->silent) seen.lost++;
     } else if (s->state == IN) {
-        if (seen.lost++ < 5) fprintf(stderr, "floor: sitter %d was closed with %d\n", room.first + i, code);
+        if (seen.lost++ < 5 && code != 1012) fprintf(stderr, "floor: sitter %d was closed with %d\n", room.first + i, code);
     } else if (s->state != AWAY) {
         seen.retries++;
         enqueue(i, now_ns() + RETRY_S * SECOND);
@@ -715,6 +772,7 @@ static void told(int i, const uint8_t *packet, size_t n) {
         } else if (op == MSG || op == SENT || op == SKIP || op == LEVEL || op == HEAD) {
             uint64_t tag = number(&whole);
             if (tag > s->tag) s->tag = (uint32_t)tag;
+            if (op == MSG) heard(&whole);
             if (op == LEVEL) {
                 s->cursor = number(&whole);
                 entered(i);
@@ -844,11 +902,14 @@ static void answer_report(void) {
     for (int i = 0; i < room.count; i++) silent += sitters[i].silent && sitters[i].state == IN;
     printf("{\"in\":%d,\"of\":%d,\"silent\":%d,\"beats\":%llu,\"pongs\":%llu,\"probes\":%llu,\"errors\":%llu,"
            "\"evicted\":%llu,\"evicted_min_s\":%.3f,\"evicted_max_s\":%.3f,\"lost\":%llu,\"rtt_p50_ms\":%.3f,"
-           "\"rtt_p99_ms\":%.3f,\"rtt_max_ms\":%.3f,\"cpu_s\":%.4f}\n",
+           "\"rtt_p99_ms\":%.3f,\"rtt_max_ms\":%.3f,\"spoken\":%llu,\"heard\":%llu,\"msg_p50_ms\":%.3f,"
+           "\"msg_p99_ms\":%.3f,\"msg_max_ms\":%.3f,\"cpu_s\":%.4f}\n",
            room.in, room.count, silent, (unsigned long long)seen.beats, (unsigned long long)seen.pongs,
            (unsigned long long)seen.probes, (unsigned long long)seen.errors, (unsigned long long)seen.evicted,
            seen.evicted_min_s, seen.evicted_max_s, (unsigned long long)seen.lost, quantile_ms(seen.rtt, 0.5),
-           quantile_ms(seen.rtt, 0.99), quantile_ms(seen.rtt, 1.0), (double)cpu_ns() / 1e9);
+           quantile_ms(seen.rtt, 0.99), quantile_ms(seen.rtt, 1.0), (unsigned long long)seen.spoken,
+           (unsigned long long)seen.heard, quantile_ms(seen.msg, 0.5), quantile_ms(seen.msg, 0.99),
+           quantile_ms(seen.msg, 1.0), (double)cpu_ns() / 1e9);
     memset(&seen, 0, sizeof seen);
 }
 
@@ -865,6 +926,10 @@ static bool obey(void) {
     } else if (sscanf(line, "silence %d", &k) == 1) {
         for (int i = 0; i < room.count && i < k; i++) sitters[i].silent = true;
         printf("{\"silent\":%d}\n", k < room.count ? k : room.count);
+    } else if (sscanf(line, "talk %d", &k) == 1) {
+        room.speak_every_ns = k > 0 ? SECOND / (uint64_t)k : 0;
+        room.speak_at_ns = now_ns();
+        printf("{\"talk\":%d}\n", k);
     } else if (strcmp(line, "drop") == 0) {
         for (int i = 0; i < room.count; i++)
             if (sitters[i].state != AWAY) leave(i);
@@ -886,6 +951,8 @@ static void read_plan(const char *path, int first, int count) {
         sitters[i].auth = malloc(n);
         sitters[i].auth_bytes = (uint16_t)n;
         for (size_t b = 0; b < n; b++) sscanf(line + 2 * b, "%2hhx", &sitters[i].auth[b]);
+        char *conv = line + 2 * n;
+        if (*conv == ' ') sitters[i].conv = strndup(conv + 1, strcspn(conv + 1, "\n"));
     }
     fclose(plan);
 }
@@ -933,6 +1000,7 @@ static void sit(int port, const char *path, int first, int count, int beat_ms, i
                 seen.beats++;
             }
         }
+        speak_up(now);
         if (!room.connecting) continue;
         while (room.queued > 0 && room.on_the_way < room.window && room.queued_until[room.head] <= now) {
             int i = room.queue[room.head];

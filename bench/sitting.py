@@ -8,6 +8,7 @@ them twice.
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 import time
 import urllib.error
@@ -48,12 +49,17 @@ class SatServer(Server):
         except (OSError, urllib.error.URLError):
             return False
 
-    def write_plan(self, path: Path, clients: int) -> None:
-        """AUTH of every client without its end, which `sit` writes: session, tag, cursor."""
+    def write_plan(self, path: Path, clients: int, *, name: str = "s", talk: bool = False) -> None:
+        """AUTH of every client without its end, which `sit` writes: session, tag, cursor.
+
+        talk: every other one writes to the one behind.
+        """
         lines = []
         for number in range(clients):
-            frame = encode(Auth(1, 1, self.token(f"s{number:06d}"), "d0", "app"))
-            lines.append(frame[1:-4].hex())
+            user, neighbour = f"{name}{number:06d}", f"{name}{number + 1:06d}"
+            frame = encode(Auth(1, 1, self.token(user), "d0", "app"))
+            speaks = talk and number % 2 == 0 and number + 1 < clients
+            lines.append(frame[1:-4].hex() + (f" p:{user}:{neighbour}" if speaks else ""))
         path.write_text("\n".join(lines) + "\n")
 
 
@@ -69,6 +75,8 @@ class Sitters:
         words = [word for word, wanted in (("tls", tls), ("echo", echo)) if wanted]
         counts = [clients // processes + (number < clients % processes) for number in range(processes)]
         self.children: list[Child] = []
+        self.unheard = 0
+        """Messages that were spoken and have not arrived, by all reports so far."""
         for count in counts:
             self.children.append(
                 floors.floor(
@@ -101,15 +109,27 @@ class Sitters:
 
     def report(self) -> dict[str, Any]:
         answers = self.ask("report")
-        added = ("in", "of", "silent", "beats", "pongs", "probes", "errors", "evicted", "lost", "cpu_s")
+        added = (
+            "in", "of", "silent", "beats", "pongs", "probes", "errors", "evicted", "lost", "cpu_s",
+            "spoken", "heard",
+        )  # fmt: skip
+        worst = ("rtt_p50_ms", "rtt_p99_ms", "rtt_max_ms", "msg_p50_ms", "msg_p99_ms", "msg_max_ms")
         evicted = [answer for answer in answers if answer["evicted"]]
+        self.unheard += sum(answer["spoken"] - answer["heard"] for answer in answers)
         return {name: sum(answer[name] for answer in answers) for name in added} | {
             "evicted_min_s": min((answer["evicted_min_s"] for answer in evicted), default=0.0),
             "evicted_max_s": max((answer["evicted_max_s"] for answer in evicted), default=0.0),
-            "rtt_p50_ms": max(answer["rtt_p50_ms"] for answer in answers),
-            "rtt_p99_ms": max(answer["rtt_p99_ms"] for answer in answers),
-            "rtt_max_ms": max(answer["rtt_max_ms"] for answer in answers),
+            **{name: max(answer[name] for answer in answers) for name in worst},
         }
+
+    def talk(self, per_s: int) -> None:
+        """From now on so many messages a second, all processes together; 0: none."""
+        self.ask(f"talk {per_s // len(self.children)}")
+
+    def nice(self, level: int) -> None:
+        """Let others of the same core run first."""
+        for child in self.children:
+            os.setpriority(os.PRIO_PROCESS, child.process.pid, level)
 
     def drop(self) -> None:
         self.ask("drop")
@@ -143,14 +163,17 @@ def memory_kb(pid: int) -> dict[str, int]:
     return found
 
 
-def quiet(read: Any, deadline_s: float = 30.0) -> None:
-    """Until the server's CPU time stands still for half a second: whatever was left to do is done."""
+def quiet(read: Any, deadline_s: float = 30.0, least_s: float = 0.05) -> None:
+    """Until the server's CPU time stands still for half a second: whatever was left to do is done.
+
+    least_s: what passes for standing still.
+    """
     deadline = time.monotonic() + deadline_s
     before = read()
     while time.monotonic() < deadline:
         time.sleep(0.5)
         now = read()
-        if now - before <= 0.05:
+        if now - before <= least_s:
             return
         before = now
     raise BenchError(f"the server was still busy after {deadline_s:.0f} s")
