@@ -84,6 +84,7 @@ class Stage:
         self.rss.append((refused, self.server.memory_kb()["VmRSS"] * 1_024))
 
     def metric(self, name: str) -> float:
+        """The sum of everything whose name and labels begin so."""
         url = f"http://127.0.0.1:{self.server.http_port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as answer:
             text: str = answer.read().decode()
@@ -114,11 +115,11 @@ class Stage:
         logged = b"\n".join(lines)
         return bad, sorted(name for name, secret in self.secrets.items() if secret in logged)
 
-    def stop(self) -> dict[str, Any]:
-        """End it, and say how it stood."""
+    def stop(self, ids: Path | None = None) -> dict[str, Any]:
+        """End it, and say how it stood. ids: where to write each obligation's state."""
         code = self.server.stop()
         bad, leaked = self.log()
-        audit, report = self.server.audit()
+        audit, report = self.server.audit(ids=ids)
         return {
             "exit": code,
             "log_lines": len(self.server.log.read_bytes().splitlines()),
