@@ -3,6 +3,7 @@ PYTHON   ?= python3
 MESSAGES ?= 20000
 KILLS    ?= 30
 SEEDS    ?= 200
+MODEL    ?= single
 FRAMES   ?= 1000000
 
 BIN     := .venv/bin
@@ -85,8 +86,10 @@ bench: venv
 	$(BIN)/python -m bench road --gate
 	$(BIN)/python -m bench recovery
 
+# MODEL=single is one process, what is promised now; MODEL=cluster is several over one bus, store and presence, whose
+# promises are not made yet: of 2,000 seeds one (1357) leaves a sender's own devices behind.
 sim: venv
-	$(BIN)/python -m tests.simulation.run --seeds $(SEEDS)
+	$(BIN)/python -m tests.simulation.run --model $(MODEL) --seeds $(SEEDS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
