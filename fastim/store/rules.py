@@ -1,8 +1,8 @@
 """What every store decides alike: who is in a conversation by its name, what a message's content is, how a
 page of a stream is filled, how seqs become ranges.
 
-Nothing here reads a database. fastim.store.postgres uses it; the embedded store has the same rules of its
-own, and the contract suite holds both to them (tests/contract/store.py).
+Nothing here reads a database. Both stores use it, and the contract suite holds them to it
+(tests/contract/store.py); only the hash of contents the embedded store has on its own.
 """
 
 from __future__ import annotations

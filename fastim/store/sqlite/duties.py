@@ -25,7 +25,8 @@ from fastim.store.base import (
     Park,
     Settled,
 )
-from fastim.store.sqlite.fates import LOW, add_fates, owed, runs
+from fastim.store.rules import runs
+from fastim.store.sqlite.fates import LOW, add_fates, owed
 from fastim.store.sqlite.files import Sql
 from fastim.store.sqlite.names import Names
 from fastim.store.sqlite.push import PushBox

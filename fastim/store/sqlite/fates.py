@@ -9,8 +9,8 @@ was sent it in a sync and did not ack gets a due row again (semantics.md, "Retry
 recalled). Parking it a second time changes nothing and rings nobody: only what has no PARKED row is parked,
 and only a park that parked something asks for a push.
 
-A fate row covers at most SPAN seqs; longer ranges become several rows, so that all rows that touch a seq lie
-within SPAN of it in the primary key.
+A fate row covers at most FATE_SPAN seqs; longer ranges become several rows, so that all rows that touch a seq
+lie within FATE_SPAN of it in the primary key.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from fastim.model import Fate, is_expired
+from fastim.store.rules import FATE_SPAN, FOREVER, WHOLE, Range, Span, merged
 from fastim.store.sqlite.files import Sql
-from fastim.store.sqlite.names import FOREVER, WHOLE, Names, Span
+from fastim.store.sqlite.names import Names
 
-SPAN: Final = 1_000
 LOW: Final = 0xFFFF_FFFF
 FIRST_CONTROL_KIND: Final = 32
 _PARKED: Final = int(Fate.PARKED)
 _PAGE: Final = 64
-
-Range = tuple[int, int]
 
 
 class Owed(NamedTuple):
@@ -61,38 +59,16 @@ def spans_of(sql: Sql, names: Names, person: int, conv: int) -> tuple[Span, ...]
     return tuple(Span(join, leave - 1 if leave else FOREVER) for join, leave in rows)
 
 
-def merged(ranges: Iterable[Range]) -> list[Range]:
-    """Sorted and without overlap."""
-    out: list[Range] = []
-    for first, last in sorted(ranges):
-        if out and first <= out[-1][1] + 1:
-            out[-1] = (out[-1][0], max(out[-1][1], last))
-        else:
-            out.append((first, last))
-    return out
-
-
-def runs(seqs: Iterable[int]) -> list[Range]:
-    """Rising seqs as ranges."""
-    out: list[Range] = []
-    for seq in seqs:
-        if out and seq == out[-1][1] + 1:
-            out[-1] = (out[-1][0], seq)
-        else:
-            out.append((seq, seq))
-    return out
-
-
 def add_fates(sql: Sql, rows: Iterable[Sequence[Any]]) -> None:
     """rows: (seat, to_seq, fate, device, from_seq, node, attempt, ts_ms). Written twice is written once."""
     ready: list[Sequence[Any]] = []
     for row in rows:
-        if row[1] - row[4] < SPAN:
+        if row[1] - row[4] < FATE_SPAN:
             ready.append(row)
             continue
         seat, to_seq, fate, device, from_seq, *rest = row
-        for first in range(from_seq, to_seq + 1, SPAN):
-            ready.append((seat, min(first + SPAN - 1, to_seq), fate, device, first, *rest))
+        for first in range(from_seq, to_seq + 1, FATE_SPAN):
+            ready.append((seat, min(first + FATE_SPAN - 1, to_seq), fate, device, first, *rest))
     sql.many("INSERT INTO fate VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", ready)
 
 

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from fastim.model import Fate, is_expired
 from fastim.store.base import DueRow, FateRow, Obligation, ObligationState, OpenRange, Trace
-from fastim.store.sqlite.fates import SPAN, spans_of
+from fastim.store.rules import FATE_SPAN, Span
+from fastim.store.sqlite.fates import spans_of
 from fastim.store.sqlite.files import Sql
-from fastim.store.sqlite.names import Names, Span
+from fastim.store.sqlite.names import Names
 from fastim.store.sqlite.rows import Rows
 
 _PARKED: Final = int(Fate.PARKED)
@@ -30,7 +31,7 @@ class _Claims:
             for row in sql.rows(
                 "SELECT from_seq, to_seq, fate, device, node, attempt, ts_ms FROM fate"
                 " WHERE seat = ? AND to_seq >= ? AND to_seq < ?",
-                (conv << 32 | person, first, last + SPAN),
+                (conv << 32 | person, first, last + FATE_SPAN),
             )
             if row[0] <= last
         ]

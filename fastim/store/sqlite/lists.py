@@ -9,10 +9,11 @@ from typing import Final
 
 from fastim.model import Flag
 from fastim.store.base import Behind, BehindPage, ConvPage, ConvState
+from fastim.store.rules import EPOCH, forbidden
 from fastim.store.sqlite.fates import LOW, spans_of
 from fastim.store.sqlite.files import Sql
-from fastim.store.sqlite.names import EPOCH, Names
-from fastim.store.sqlite.rows import Rows, forbidden
+from fastim.store.sqlite.names import Names
+from fastim.store.sqlite.rows import Rows
 from fastim.store.sqlite.tail import Changed, Tail
 from fastim.store.sqlite.unread import Row, count_unread, head_of, row_of, unread_of
 

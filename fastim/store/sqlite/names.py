@@ -10,6 +10,7 @@ from typing import Final, Generic, TypeVar
 
 from fastim.model import Role
 from fastim.store.base import Member
+from fastim.store.rules import EPOCH, FOREVER, WHOLE, Span, named_members
 from fastim.store.sqlite.files import Sql
 
 K = TypeVar("K")
@@ -18,8 +19,6 @@ V = TypeVar("V")
 CACHED_NAMES: Final = 32_768
 CACHED_CONVS: Final = 32_768
 """A group counts as one more for every 16 members."""
-EPOCH: Final = 1
-FOREVER: Final = 1 << 62
 
 
 class Cache(Generic[K, V]):
@@ -83,30 +82,6 @@ class Conv:
         self.cseq = 0
         self.known = self.type == "g"
         """Every member has a device; once true, for ever. Who is put into a group need not have one."""
-
-
-class Span:
-    """The seqs a member is shown, both ends included."""
-
-    __slots__ = ("first", "last")
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first = first
-        self.last = last
-
-
-WHOLE: Final = (Span(1, FOREVER),)
-
-
-def named_members(conv: str) -> tuple[str, ...] | None:
-    """The members of p: and s:, which are in the name; None for every other type."""
-    head, _, rest = conv.partition(":")
-    if head == "s":
-        return (rest,)
-    if head == "p":
-        first, _, second = rest.partition(":")
-        return (first, second)
-    return None
 
 
 class Names:

@@ -16,7 +16,8 @@ from typing import Final
 
 from fastim.model import is_expired
 from fastim.store.base import Park, PushRow
-from fastim.store.sqlite.fates import LOW, furthest, merged, spans_of
+from fastim.store.rules import merged
+from fastim.store.sqlite.fates import LOW, furthest, spans_of
 from fastim.store.sqlite.files import Sql
 from fastim.store.sqlite.names import Names
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fastim.errors import PeerError
-from fastim.model import EPOCH_MS, Message, SkipReason, is_expired
-from fastim.store.base import Gap, StreamPage
+from fastim.model import EPOCH_MS, Message, SkipReason
+from fastim.store.base import StreamPage
+from fastim.store.rules import EPOCH, FOREVER, Page, Span, forbidden, seen
 from fastim.store.sqlite.files import Sql
 from fastim.store.sqlite.minting import MS_SHIFT
-from fastim.store.sqlite.names import EPOCH, FOREVER, Names, Span
+from fastim.store.sqlite.names import Names
 
 _COLUMNS: Final = (
     "conv, seq, msg_id, cseq, sender, client_id, kind, flags, ts_ms, loss_time_ms, body, mentions, recalled"
@@ -17,11 +17,6 @@ _COLUMNS: Final = (
 _ID_AT: Final = "SELECT msg_id FROM message WHERE conv = ? AND seq = ?"
 _MOST_READ: Final = 1_000
 """Rows of one page of history or scan, whatever is asked for."""
-
-
-def forbidden(user: str, conv: str) -> PeerError:
-    """The same for a conversation of others and for one that is not: nobody learns which exist."""
-    return PeerError("forbidden", f"{user} is not in {conv}")
 
 
 class Rows:
@@ -59,7 +54,7 @@ class Rows:
         if not conv_id:
             return StreamPage((), 0, 0, EPOCH)
         head = self.head(conv_id)
-        page = _Page(conv, min(max(after_seq, 0), head), max_bytes)
+        page = Page(conv, min(max(after_seq, 0), head), max_bytes)
         left = max(limit, 1)
         while page.position < head and left > 0:
             span = next((span for span in spans if span.last > page.position), None)
@@ -113,7 +108,7 @@ class Rows:
         )
         found: list[Message] = []
         for row in rows:
-            if not _seen(spans, row[1]):
+            if not seen(spans, row[1]):
                 continue
             if len(found) == limit:
                 return (found if rising else found[::-1]), True
@@ -149,7 +144,7 @@ class Rows:
                 message.kind < 32
                 and not message.recalled
                 and not message.expired(now_ms)
-                and _seen(spans, message.seq)
+                and seen(spans, message.seq)
             ):
                 return message
         return None
@@ -176,42 +171,3 @@ class Rows:
             (after_msg_id, min(max(limit, 1), _MOST_READ)),
         )
         return [self.message(row) for row in rows]
-
-
-class _Page:
-    """A stream page while it is filled."""
-
-    def __init__(self, conv: str, position: int, max_bytes: int) -> None:
-        self.entries: list[Message | Gap] = []
-        self.position = position
-        self._conv = conv
-        self._left_bytes = max_bytes
-
-    def skip(self, to_seq: int, reason: int) -> None:
-        """Everything up to to_seq is never shown."""
-        first = self.position + 1
-        last = self.entries[-1] if self.entries else None
-        if isinstance(last, Gap) and last.reason == reason:
-            first = last.from_seq
-            self.entries.pop()
-        self.entries.append(Gap(self._conv, first, to_seq, int(reason)))
-        self.position = to_seq
-
-    def take(self, message: Message, now_ms: int) -> bool:
-        """False if the page has no room for it. The first message always has."""
-        if message.recalled:
-            self.skip(message.seq, SkipReason.RECALLED)
-        elif is_expired(message.loss_time_ms, now_ms):
-            self.skip(message.seq, SkipReason.EXPIRED)
-        else:
-            size = len(message.body)
-            if size > self._left_bytes and any(isinstance(entry, Message) for entry in self.entries):
-                return False
-            self._left_bytes -= size
-            self.entries.append(message)
-            self.position = message.seq
-        return True
-
-
-def _seen(spans: tuple[Span, ...], seq: int) -> bool:
-    return any(span.first <= seq <= span.last for span in spans)

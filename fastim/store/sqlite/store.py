@@ -18,13 +18,14 @@ import apsw
 from fastim import model
 from fastim.errors import StoreUnavailable, UsageError
 from fastim.store import base, migrations
+from fastim.store.rules import forbidden
 from fastim.store.sqlite import files
 from fastim.store.sqlite.ledger import Ledger
 from fastim.store.sqlite.lists import Lists
 from fastim.store.sqlite.names import Names
 from fastim.store.sqlite.people import Devices, Nodes
 from fastim.store.sqlite.push import earliest
-from fastim.store.sqlite.rows import Rows, forbidden
+from fastim.store.sqlite.rows import Rows
 from fastim.store.sqlite.tail import Changed, Tail
 from fastim.store.sqlite.unread import head_of, move_mark, row_of, unread_of
 from fastim.store.sqlite.writer import Runner, ThreadRunner, Writer

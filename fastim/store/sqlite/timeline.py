@@ -19,9 +19,10 @@ import apsw
 
 from fastim.model import Flag
 from fastim.store.base import Appended, AppendedFrame, AppendFrame, AppendItem, AppendStatus
+from fastim.store.rules import named_members
 from fastim.store.sqlite.files import Sql
 from fastim.store.sqlite.minting import MS_SHIFT, SHARD_MASK, Minter
-from fastim.store.sqlite.names import Conv, Names, named_members
+from fastim.store.sqlite.names import Conv, Names
 from fastim.store.sqlite.tail import Tail
 from fastim.store.sqlite.unread import move_marks
 

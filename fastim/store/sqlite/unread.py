@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple, Protocol
 
+from fastim.store.rules import FOREVER, Span
 from fastim.store.sqlite.files import Sql
-from fastim.store.sqlite.names import FOREVER, Span
 
 _ROW: Final = (
     "SELECT version, head, cseq, own, read_seq, base_seq, base_cseq, base_own FROM user_conv WHERE pair = ?"

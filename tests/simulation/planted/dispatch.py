@@ -12,7 +12,8 @@ from fastim.dispatch.router import Router
 from fastim.dispatch.settled import SettledMark
 from fastim.dispatch.worker import SubmitWorker
 from fastim.presence.base import NOWHERE
-from fastim.store.sqlite import fates, rows
+from fastim.store import rules
+from fastim.store.sqlite import fates
 from tests.simulation.planted.stage import (
     GONE,
     B,
@@ -165,7 +166,7 @@ def _(stack: ExitStack) -> None:
     def wrong(loss_time_ms: int, wall_ms: int) -> bool:
         return wall_ms > loss_time_ms
 
-    for module in (model, router, push, rows, fates):
+    for module in (model, router, push, rules, fates):
         patch(stack, module, "is_expired", wrong)
 
 
